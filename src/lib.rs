@@ -1,0 +1,7 @@
+//! csrd.
+pub mod attest;
+pub mod clock;
+pub mod policy;
+pub mod proto;
+pub mod spiffe;
+pub mod x509;

@@ -1,0 +1,2 @@
+//! The `csrd` binary.
+fn main() {}

@@ -1,0 +1,4 @@
+//! stub
+/// A parsed PKCS#10 request.
+#[derive(Debug)]
+pub struct Csr(());

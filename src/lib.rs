@@ -1,5 +1,6 @@
 //! csrd.
 pub mod attest;
+pub mod backoff;
 pub mod clock;
 pub mod policy;
 pub mod proto;

@@ -5,4 +5,5 @@ pub mod clock;
 pub mod policy;
 pub mod proto;
 pub mod spiffe;
+pub mod tasks;
 pub mod x509;

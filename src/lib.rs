@@ -2,6 +2,7 @@
 pub mod attest;
 pub mod backoff;
 pub mod clock;
+pub mod metrics;
 pub mod policy;
 pub mod proto;
 pub mod spiffe;

@@ -2,6 +2,7 @@
 
 use prost::Message as _;
 
+#[allow(clippy::disallowed_methods, reason = "cargo hands OUT_DIR over in the environment")]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut compiler = protox::Compiler::new(["proto"])?;
     compiler.include_source_info(true).include_imports(true);

@@ -1,4 +1,32 @@
 //! csrd.
+//!
+//! Who may import whom; `tests/it/tidy.rs` keeps it true.
+//!
+//! | module | may import |
+//! |---|---|
+//! | `proto` | nothing of ours |
+//! | `clock` | nothing of ours |
+//! | `tasks` | nothing of ours |
+//! | `backoff` | nothing of ours |
+//! | `metrics` | nothing of ours |
+//! | `spiffe` | nothing of ours |
+//! | `x509` | `spiffe` |
+//! | `attest::workload` | `spiffe` |
+//! | `policy` | `spiffe`, `x509`, `attest::workload` |
+//! | `attest` | `attest::workload`, `spiffe`, `metrics`, `clock` |
+//! | `policy::watch` | `policy`, `x509`, `tasks`, `metrics` |
+//! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `backoff`, `metrics` |
+//! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock`, `metrics` |
+//! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `tasks`, `metrics` |
+//! | `server` | `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `policy::watch`, `signer`, `issue`, `hub`, `clock`, `backoff`, `tasks`, `metrics` |
+//! | `client` | `proto`, `spiffe`, `x509`, `backoff` |
+//! | `config` | `spiffe`, `policy` |
+//! | `telemetry` | everything |
+//! | `agent` | everything |
+//! | `cli` | everything |
+//! | `main` | everything |
+//! | `test_util` | everything |
+#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a test may spawn, and reads what its own fakes wrote"))]
 pub mod attest;
 pub mod backoff;
 pub mod clock;

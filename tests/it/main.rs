@@ -1,1 +1,3 @@
-//! it
+//! The one integration test binary, so that everything links once.
+
+mod tidy;

@@ -1,5 +1,6 @@
 //! csrd.
 pub mod attest;
+pub mod cli;
 pub mod clock;
 pub mod policy;
 pub mod proto;

@@ -29,6 +29,7 @@
 #![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a test may spawn, and reads what its own fakes wrote"))]
 pub mod attest;
 pub mod backoff;
+pub mod cli;
 pub mod clock;
 pub mod metrics;
 pub mod policy;

@@ -1,0 +1,146 @@
+//! The command line: one file for each command, one exit code for each kind of end.
+//!
+//! Invariants: what a command was asked for goes to stdout and everything else to stderr; a secret goes to stdout only
+//! when an output that holds it was asked for by name; exit codes are stable. Besides the configuration, this is the
+//! only part that reads the environment (through clap, so that `--help` names every variable).
+
+pub mod completion;
+
+use std::{
+    io::{self, Write as _},
+    process::ExitCode,
+};
+
+use clap::Parser as _;
+use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
+
+const EXIT_CODES: &str = "Exit codes:
+   0  done
+   1  failed; the error on stderr says what and why
+  64  the command line, a file it names, or the request is not valid
+  69  no agent answers on the socket
+  70  a task of the agent was lost
+  77  denied by policy";
+
+#[derive(Debug, clap::Parser)]
+#[command(name = "csrd", version, about = "Certificates for workloads: attested, allowed by policy, streamed, renewed")]
+#[command(after_help = EXIT_CODES, max_term_width = 110, subcommand_required = true, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    Completion(completion::Args),
+}
+
+/// How a command ends when it does not end well: the numbers of sysexits.h, where it has one. Stable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Exit {
+    /// It failed.
+    Failure = 1,
+    /// EX_USAGE: the command line, the configuration or the request is not valid.
+    Usage = 64,
+    /// EX_UNAVAILABLE: no agent answers.
+    Unavailable = 69,
+    /// EX_SOFTWARE: a task of the agent ended that should have run on.
+    TaskLost = 70,
+    /// EX_NOPERM: denied by policy.
+    Denied = 77,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+/// An error that whoever wrote the command line or the configuration can mend; ends with [`Exit::Usage`].
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct UsageError(pub String);
+
+/// Runs the command that the process was started with.
+pub async fn run() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Nothing is left to report to when stdout or stderr is closed.
+            let _ = error.print();
+            return if error.use_stderr() { Exit::Usage.into() } else { ExitCode::SUCCESS };
+        }
+    };
+    cli.command.run().await.unwrap_or_else(|error| {
+        // `{:#}` is the chain in one line: each level says only its own part.
+        let _ = writeln!(io::stderr(), "csrd: {error:#}");
+        exit(&error).into()
+    })
+}
+
+impl Command {
+    async fn run(self) -> anyhow::Result<ExitCode> {
+        match self {
+            Self::Completion(args) => completion::run(args, <Cli as clap::CommandFactory>::command()),
+        }
+    }
+}
+
+/// The exit code for an error: the first one in its chain that has a code of its own.
+fn exit(error: &anyhow::Error) -> Exit {
+    let known = |cause: &(dyn std::error::Error + 'static)| cause.is::<UsageError>().then_some(Exit::Usage);
+    error.chain().find_map(known).unwrap_or(Exit::Failure)
+}
+
+/// Makes the kernel write no core file of this process, which may hold a private key or a token.
+///
+/// The limit is 1 byte, not 0: a limit of 0 stops core files but not a pipe to a handler (core(5)), while the kernel
+/// dumps nothing at all at 1. It is the soft limit only, so that a child of `csrd watch` may raise it for itself.
+pub fn forbid_core_dumps() {
+    let maximum = getrlimit(Resource::Core).maximum;
+    let limit = Rlimit { current: Some(1.min(maximum.unwrap_or(1))), maximum };
+    // Lowering a soft limit cannot fail (setrlimit(2)).
+    let _ = setrlimit(Resource::Core, limit);
+}
+
+/// Keeps other processes of the same user from attaching to this one and reading its memory; for the agent, which holds
+/// the CA key.
+///
+/// Not for the other commands: it also gives `/proc/PID` to root (proc(5)), and an agent that runs as the same ordinary
+/// user must read there who its callers are.
+pub fn forbid_tracing() {
+    // PR_SET_DUMPABLE fails only for values other than 0 and 1 (PR_SET_DUMPABLE(2const)).
+    let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+}
+
+/// Writes what was asked for to stdout. A reader that has seen enough and closed the pipe (`| head`) is no error.
+fn print(bytes: &[u8]) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        done => done,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn an_error_ends_with_the_code_of_the_first_cause_that_has_one() {
+        fn check(error: anyhow::Error, expected: Exit) {
+            assert_eq!(exit(&error), expected, "{error:#}");
+        }
+        check(anyhow::anyhow!("anything"), Exit::Failure);
+        check(UsageError("--lifetime: not a duration".into()).into(), Exit::Usage);
+        check(anyhow::Error::new(UsageError("no".into())).context("reading the request"), Exit::Usage);
+    }
+}

@@ -1,0 +1,362 @@
+//! Credentials over time: issued once, renewed, fanned out to whoever follows them.
+//!
+//! An [`Entry`](entry::Entry) is one credential of one workload. It is issued by at most one flight at a time, renewed at a
+//! point drawn once per certificate, and published through a `watch` channel, so that a slow follower sees the newest
+//! state and never an older certificate after a newer one. A certificate that is still valid is never given up for a
+//! failed renewal. An entry that nobody follows is not renewed and is forgotten, with its key, after [`LINGER`].
+//!
+//! This is the only stateful, timed actor. [`Hub`] is its handle: every method takes the lock for a moment and never
+//! across an await. [`Hub::run`] is its body: it alone starts flights, so priorities and the token bucket hold there.
+//! What one attempt does is `issue`'s business; who may ask is `policy`'s.
+
+mod entry;
+mod flight;
+mod queue;
+mod state;
+mod subscription;
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use rand::{SeedableRng as _, rngs::StdRng};
+use tokio::sync::{Notify, watch};
+
+use crate::{
+    attest::Workload,
+    clock::Clock,
+    issue::IssueError,
+    metrics::Metrics,
+    policy::{self, Ask, Denial, Grant, PolicySet},
+    signer::{Sign, Stage},
+    x509::{Bundle, Csr},
+};
+
+pub use entry::{Delay, Live};
+pub use queue::Rate;
+pub use state::Row;
+pub use subscription::{Event, Subscription};
+
+use entry::{Entry, Key};
+use queue::{Priority, Queue};
+use state::State;
+
+/// How long an entry that nobody follows is kept for a follower that comes back.
+pub const LINGER: Duration = Duration::from_secs(300);
+/// Entries one principal may hold that nobody follows; the longest idle goes first.
+pub const MAX_IDLE_PER_PRINCIPAL: usize = 256;
+/// Entries one principal may hold in all; one more is refused.
+pub const MAX_ENTRIES_PER_PRINCIPAL: usize = 2048;
+/// Entries of all principals; one more is refused.
+pub const MAX_ENTRIES: usize = 32_768;
+/// Flights under way at once; more wait in order of priority.
+pub const MAX_FLIGHTS: usize = 64;
+/// How long one attempt may take before it counts as failed.
+pub const FLIGHT_TIMEOUT: Duration = Duration::from_secs(60);
+/// The renew point is drawn between these fractions of a certificate's remaining life, so that its successor is out
+/// before 80 % of it.
+pub const RENEW_WINDOW: (f64, f64) = (0.55, 0.75);
+/// The longest sleep without reading the wall clock again, so that suspend and clock steps are noticed.
+pub const MAX_SLEEP: Duration = Duration::from_secs(300);
+/// How long flights may go on after a stop is asked for.
+pub const STOP_GRACE: Duration = Duration::from_secs(5);
+
+/// What the hub stands on.
+#[derive(Debug)]
+pub struct Parts {
+    /// Wall clock.
+    pub clock: Clock,
+    /// Policies in force.
+    pub policies: watch::Receiver<Arc<PolicySet>>,
+    /// Signers this agent has; a grant names one of them.
+    pub signers: Vec<Arc<dyn Sign>>,
+    /// Issuances to all signers together.
+    pub signer_rate: Rate,
+    /// Issuances asked for by one principal.
+    pub principal_rate: Rate,
+    /// Seed of the renewal jitter.
+    pub seed: u64,
+    /// Counters and gauges.
+    pub metrics: Metrics,
+}
+
+/// A handle on the hub; clones share it.
+#[derive(Clone)]
+pub struct Hub(Arc<Shared>);
+
+struct Shared {
+    clock: Clock,
+    policies: watch::Receiver<Arc<PolicySet>>,
+    signers: HashMap<String, Arc<dyn Sign>>,
+    metrics: Metrics,
+    principals: queue::KeyedLimiter,
+    /// Tells `run` that there is something to start or an earlier moment to wake at.
+    wake: Notify,
+    state: Mutex<State>,
+}
+
+/// A key made by the caller, with what it wants done at the renew point.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Held {
+    /// The caller's request.
+    pub csr: Arc<Csr>,
+    /// When set, the key is never certified twice: the follower is told to rotate it.
+    pub rotate_key: bool,
+}
+
+/// A step of an issuance that its caller is told of.
+#[derive(Clone, Debug)]
+pub enum Step {
+    /// The policy of that name allows all that was asked.
+    Granted(String),
+    /// The signer is at work.
+    Signer(Stage),
+}
+
+/// Called with each step of a first issuance.
+pub type Progress = Arc<dyn Fn(Step) + Send + Sync>;
+
+impl Hub {
+    /// A hub over `parts`; nothing moves until [`Hub::run`].
+    pub fn new(parts: Parts) -> Self {
+        let signers = parts.signers.into_iter().map(|signer| (signer.name().to_owned(), signer)).collect();
+        Self(Arc::new(Shared {
+            state: Mutex::new(State::new(
+                Queue::new(parts.signer_rate),
+                StdRng::seed_from_u64(parts.seed),
+            )),
+            clock: parts.clock,
+            policies: parts.policies,
+            signers,
+            metrics: parts.metrics,
+            principals: queue::keyed_limiter(parts.principal_rate),
+            wake: Notify::new(),
+        }))
+    }
+
+    /// Issues a new certificate, whatever else the workload has, and follows it.
+    ///
+    /// Returns once it is there; `progress` is told each stage. When the caller goes away the flight still lands.
+    pub async fn issue(
+        &self,
+        workload: Arc<Workload>,
+        ask: Ask,
+        held: Option<Held>,
+        progress: Progress,
+    ) -> Result<Subscription, HubError> {
+        let policies = self.policies();
+        let grant = policy::decide(&policies, &workload, &ask).map_err(HubError::denied)?;
+        progress(Step::Granted(grant.policy().to_owned()));
+        self.admit(&workload)?;
+        let subscription = {
+            let mut state = self.lock();
+            let entry = Entry::new(workload, ask, held, (grant, policies), None, Some(progress));
+            self.insert(&mut state, entry)?
+        };
+        self.0.wake.notify_one();
+        subscription.live().await
+    }
+
+    /// Follows the credential of this request: the one at hand if the workload has it, else a newly issued one.
+    pub async fn subscribe(
+        &self,
+        workload: Arc<Workload>,
+        ask: Ask,
+        held: Option<Held>,
+    ) -> Result<Subscription, HubError> {
+        let key = Arc::new(Key { workload, ask, held });
+        if let Some(subscription) = self.follow(&key)? {
+            return subscription.live().await;
+        }
+        let policies = self.policies();
+        let grant = policy::decide(&policies, &key.workload, &key.ask).map_err(HubError::denied)?;
+        self.admit(&key.workload)?;
+        let subscription = {
+            let mut state = self.lock();
+            // No await lies between the look-up and here, but another thread may have been faster.
+            match state.id_of(&key) {
+                Some(id) => self.join(&mut state, id),
+                None => {
+                    let (workload, ask, held) = (key.workload.clone(), key.ask.clone(), key.held.clone());
+                    let entry = Entry::new(workload, ask, held, (grant, policies), Some(key), None);
+                    self.insert(&mut state, entry)?
+                }
+            }
+        };
+        self.0.wake.notify_one();
+        subscription.live().await
+    }
+
+    /// Follows the credential of that id after `after`, if the workload has one; another's id is as unknown as none.
+    pub async fn resume(&self, workload: &Workload, id: &str, after: u64) -> Result<Option<Subscription>, HubError> {
+        let Ok(id) = u128::from_str_radix(id, 16) else { return Ok(None) };
+        let subscription = {
+            let mut state = self.lock();
+            match state.entries.get(&id) {
+                Some(entry) if *entry.workload == *workload => {
+                    self.confirm(&mut state, id)?;
+                    self.join(&mut state, id)
+                }
+                _ => return Ok(None),
+            }
+        };
+        self.0.wake.notify_one();
+        Ok(Some(subscription.live().await?.after(after)))
+    }
+
+    /// The live credentials that `visible` lets through, soonest expiry first.
+    pub fn rows(&self, visible: impl Fn(&Workload) -> bool) -> Vec<Row> {
+        self.lock().rows(visible)
+    }
+
+    /// The roots of one signer, or of the only or first one when `name` is empty.
+    pub fn bundle(&self, name: &str) -> Option<watch::Receiver<Arc<Bundle>>> {
+        self.0.signers.get(name).map(|signer| signer.bundle())
+    }
+
+    /// The policies in force.
+    pub fn policies(&self) -> Arc<PolicySet> {
+        self.0.policies.borrow().clone()
+    }
+
+    /// Follows an entry that is at hand under the policies in force.
+    fn follow(&self, key: &Arc<Key>) -> Result<Option<Subscription>, HubError> {
+        let mut state = self.lock();
+        let Some(id) = state.id_of(key) else { return Ok(None) };
+        self.confirm(&mut state, id)?;
+        Ok(Some(self.join(&mut state, id)))
+    }
+
+    /// Makes sure that the entry's grant stands under the policies in force, which may be newer than the last sweep.
+    fn confirm(&self, state: &mut State, id: u128) -> Result<(), HubError> {
+        let policies = self.policies();
+        match state.redecide(id, &policies, self.0.clock.now()) {
+            Some(denial) => Err(HubError::Denied(denial)),
+            None => Ok(()),
+        }
+    }
+
+    /// A follower of `id`, which must be there. An expired certificate is renewed at once.
+    fn join(&self, state: &mut State, id: u128) -> Subscription {
+        let now = self.0.clock.now();
+        state.followed(id, now);
+        let entry = &state.entries[&id];
+        if entry.snapshot.borrow().live().is_some_and(|live| live.credential.not_after() <= now) {
+            state.enqueue(id, Priority::AskedNow);
+        }
+        Subscription::new(self.clone(), id, state.entries[&id].snapshot.subscribe())
+    }
+
+    fn insert(&self, state: &mut State, entry: Entry) -> Result<Subscription, HubError> {
+        self.signer(&entry.grant)?;
+        let rx = entry.snapshot.subscribe();
+        let id = state.insert(entry, self.0.clock.now())?;
+        state.enqueue(id, Priority::AskedNow);
+        self.publish_gauges(state);
+        Ok(Subscription::new(self.clone(), id, rx))
+    }
+
+    /// The signer that a grant names.
+    fn signer(&self, grant: &Grant) -> Result<&Arc<dyn Sign>, HubError> {
+        self.0.signers.get(grant.signer()).ok_or_else(|| HubError::UnknownSigner {
+            policy: grant.policy().to_owned(),
+            signer: grant.signer().to_owned(),
+            known: self.0.signers.keys().cloned().collect::<Vec<_>>().join(", "),
+        })
+    }
+
+    /// Charges the principal for one issuance.
+    fn admit(&self, workload: &Workload) -> Result<(), HubError> {
+        queue::check(&self.0.principals, workload.principal()).map_err(|retry_after| HubError::RateLimited { retry_after })
+    }
+
+    /// A follower has gone: when it was the last one, the entry starts to linger.
+    fn left(&self, id: u128) {
+        let mut state = self.lock();
+        state.left(id, self.0.clock.now());
+        self.publish_gauges(&state);
+    }
+
+    fn publish_gauges(&self, state: &State) {
+        self.0.metrics.set_credentials(state.entries.len());
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().expect("no code panics while it holds the hub's lock")
+    }
+}
+
+impl fmt::Debug for Hub {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Hub").field("signers", &self.0.signers.keys()).finish_non_exhaustive()
+    }
+}
+
+/// Why the hub has no certificate for a caller.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum HubError {
+    /// Policy refuses.
+    #[error("{0}")]
+    Denied(Arc<Denial>),
+    /// A policy names a signer that this agent does not have.
+    #[error("policy {policy} names signer {signer:?}; this agent has: {known}")]
+    UnknownSigner {
+        /// The policy.
+        policy: String,
+        /// The signer it names.
+        signer: String,
+        /// The signers there are.
+        known: String,
+    },
+    /// The principal asks too fast.
+    #[error("too many certificates asked for; try again in {} ms", retry_after.as_millis())]
+    RateLimited {
+        /// When one more would be allowed.
+        retry_after: Duration,
+    },
+    /// The principal, or all together, hold as many credentials as the agent keeps.
+    #[error("{count} credentials are held by {holder}, at most {max}; close streams that are no longer needed")]
+    TooMany {
+        /// Who holds them.
+        holder: &'static str,
+        /// How many.
+        count: usize,
+        /// The bound.
+        max: usize,
+    },
+    /// The attempt failed.
+    #[error("{0}")]
+    Issue(Arc<IssueError>),
+    /// The attempt took longer than [`FLIGHT_TIMEOUT`] or was lost.
+    #[error("the signer did not answer within {} s", FLIGHT_TIMEOUT.as_secs())]
+    TimedOut,
+    /// A renewal failed and the certificate has expired since.
+    #[error("the certificate has expired and its renewal fails: {0}")]
+    Expired(String),
+    /// The entry was given up while the caller waited for it.
+    #[error("the agent is stopping")]
+    Stopping,
+}
+
+impl HubError {
+    fn denied(denial: Denial) -> Self {
+        Self::Denied(Arc::new(denial))
+    }
+
+    /// Stable reason for `ErrorInfo` and metric labels.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Denied(denial) => denial.reason(),
+            Self::UnknownSigner { .. } => "SIGNER_UNKNOWN",
+            Self::RateLimited { .. } => "RATE_LIMITED",
+            Self::TooMany { .. } => "TOO_MANY_CREDENTIALS",
+            Self::Issue(error) => error.reason(),
+            Self::TimedOut => "SIGNER_TIMEOUT",
+            Self::Expired(_) => "CERTIFICATE_EXPIRED",
+            Self::Stopping => "AGENT_STOPPING",
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! The hub's body: starts flights in order, takes them in, and wakes when something is due.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use tokio::{
+    task::{Id, JoinError, JoinSet},
+    time::{sleep, timeout},
+};
+use tokio_stream::{StreamExt as _, StreamMap, wrappers::WatchStream};
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
+
+use super::{FLIGHT_TIMEOUT, Hub, HubError, MAX_FLIGHTS, MAX_SLEEP, STOP_GRACE, Step, entry::Flight};
+use crate::{
+    issue::{self, Credential},
+    signer::{Sign, Stage},
+    telemetry,
+    x509::Bundle,
+};
+
+/// Flights under way, and whose they are.
+#[derive(Default)]
+struct Flights {
+    tasks: JoinSet<Result<Credential, HubError>>,
+    entries: HashMap<Id, u128>,
+}
+
+impl Hub {
+    /// Runs until `stop`, then lets flights under way land within [`STOP_GRACE`].
+    pub async fn run(self, stop: CancellationToken) {
+        let mut flights = Flights::default();
+        let mut policies = self.0.policies.clone();
+        let mut bundles = StreamMap::new();
+        for (name, signer) in &self.0.signers {
+            bundles.insert(name.clone(), WatchStream::from_changes(signer.bundle()));
+        }
+        loop {
+            let wait = self.start(&mut flights);
+            tokio::select! {
+                () = stop.cancelled() => break,
+                Some(landed) = flights.tasks.join_next_with_id() => self.land(&mut flights.entries, landed),
+                Ok(()) = policies.changed() => self.sweep(),
+                Some((signer, bundle)) = bundles.next() => self.bundle_changed(&signer, &bundle),
+                () = self.0.wake.notified() => {}
+                () = sleep(wait) => self.lock().fire(self.0.clock.now()),
+            }
+        }
+        let land_all = async {
+            while let Some(landed) = flights.tasks.join_next_with_id().await {
+                self.land(&mut flights.entries, landed);
+            }
+        };
+        if timeout(STOP_GRACE, land_all).await.is_err() {
+            tracing::warn!(flights = flights.tasks.len(), "issuances were given up at the stop");
+        }
+    }
+
+    /// Starts what may start now; returns how long to sleep if nothing else happens.
+    fn start(&self, flights: &mut Flights) -> Duration {
+        let mut state = self.lock();
+        let mut wait = MAX_SLEEP;
+        while flights.tasks.len() < MAX_FLIGHTS {
+            match state.queue.pop() {
+                Ok(Some(id)) => {
+                    let entry = state.entries.get_mut(&id).expect("only entries that are held are queued");
+                    entry.flight = Flight::UnderWay;
+                    let task = flights.tasks.spawn(self.flight(entry));
+                    flights.entries.insert(task.id(), id);
+                }
+                Ok(None) => break,
+                Err(until_token) => {
+                    wait = until_token;
+                    break;
+                }
+            }
+        }
+        match state.first_due() {
+            Some(due) => wait.min(self.0.clock.until(due)),
+            None => wait,
+        }
+    }
+
+    /// One attempt for `entry`, as a future that owns all it needs.
+    fn flight(&self, entry: &mut super::entry::Entry) -> impl Future<Output = Result<Credential, HubError>> + use<> {
+        let signer = self.signer(&entry.grant).cloned();
+        let (workload, grant, clock) = (entry.workload.clone(), entry.grant.clone(), self.0.clock.clone());
+        let csr = entry.held.as_ref().map(|held| held.csr.clone());
+        let renewal = entry.snapshot.borrow().live().is_some();
+        let span = if renewal {
+            let span = tracing::debug_span!(parent: None, "renew");
+            telemetry::link(&span, &entry.origin);
+            span
+        } else {
+            entry.span.take().unwrap_or_else(tracing::Span::none)
+        };
+        let progress = entry.progress.take();
+        let attempt = async move {
+            let signer = signer?;
+            let told = move |stage: Stage| {
+                if let Some(progress) = &progress {
+                    progress(Step::Signer(stage));
+                }
+            };
+            let attempt = issue::issue(&*signer, &clock, &workload, grant, csr, &told);
+            match timeout(FLIGHT_TIMEOUT, attempt).await {
+                Ok(outcome) => outcome.map_err(|error| HubError::Issue(Arc::new(error))),
+                Err(_) => Err(HubError::TimedOut),
+            }
+        };
+        attempt.instrument(span)
+    }
+
+    fn land(
+        &self,
+        entries: &mut HashMap<Id, u128>,
+        landed: Result<(Id, Result<Credential, HubError>), JoinError>,
+    ) {
+        let (task, outcome) = match landed {
+            Ok(landed) => landed,
+            // A panic in one attempt is a fault of ours; it must not take the other workloads' certificates with it.
+            Err(lost) => {
+                tracing::error!(error = %lost, "an issuance was lost");
+                (lost.id(), Err(HubError::TimedOut))
+            }
+        };
+        let Some(id) = entries.remove(&task) else { return };
+        let mut state = self.lock();
+        let Some(entry) = state.entries.get(&id) else { return };
+        let signer = entry.grant.signer().to_owned();
+        let renewal = entry.snapshot.borrow().live().is_some();
+        match &outcome {
+            Ok(_) if renewal => tracing::info!(workload = %entry.workload, %signer, "certificate renewed"),
+            Ok(_) => tracing::info!(workload = %entry.workload, %signer, "certificate issued"),
+            Err(error) => {
+                tracing::warn!(workload = %entry.workload, %signer, renewal, reason = error.reason(), %error, "no certificate");
+            }
+        }
+        // The roots of now, not of the signing: a change between the two has no event of its own for this entry.
+        let outcome = outcome.and_then(|credential| {
+            let bundle = self.signer(credential.grant())?.bundle().borrow().clone();
+            Ok((credential, bundle))
+        });
+        state.landed(id, outcome, self.0.clock.now());
+        self.publish_gauges(&state);
+    }
+
+    /// Decides every entry again under the policies in force.
+    fn sweep(&self) {
+        let (policies, now) = (self.policies(), self.0.clock.now());
+        let mut state = self.lock();
+        for id in state.entries.keys().copied().collect::<Vec<_>>() {
+            if let Some(denial) = state.redecide(id, &policies, now) {
+                tracing::info!(reason = denial.reason(), "a credential lost its right under the new policies");
+            }
+        }
+        self.publish_gauges(&state);
+    }
+
+    fn bundle_changed(&self, signer: &str, bundle: &Arc<Bundle>) {
+        tracing::info!(signer, roots = bundle.roots().len(), "trust bundle changed");
+        self.lock().bundle_changed(signer, bundle, self.0.clock.now());
+    }
+}

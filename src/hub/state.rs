@@ -1,0 +1,327 @@
+//! What the hub knows, and every change to it, as plain functions of a moment: no time passes in here and nothing waits.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use rand::{Rng as _, rngs::StdRng};
+
+use super::{
+    HubError, LINGER, MAX_ENTRIES, MAX_ENTRIES_PER_PRINCIPAL, MAX_IDLE_PER_PRINCIPAL, RENEW_WINDOW,
+    entry::{Delay, Entry, Flight, Key, Live, Snapshot},
+    queue::{Priority, Queue},
+};
+use crate::{
+    attest::Workload,
+    backoff::Backoff,
+    issue::Credential,
+    policy::{self, Denial, Grant, PolicySet},
+    x509::Bundle,
+};
+
+/// Retries of a failed renewal: from one second to five minutes apart, always before the certificate ends.
+const RETRY: Backoff = Backoff { first: Duration::from_secs(1), max: Duration::from_secs(300) };
+
+pub(super) struct State {
+    pub(super) entries: HashMap<u128, Entry>,
+    pub(super) queue: Queue,
+    shared: HashMap<Arc<Key>, u128>,
+    /// Entries by the moment at which they need a look.
+    due: BTreeSet<(SystemTime, u128)>,
+    /// Entries without followers, by principal and since when.
+    idle: BTreeSet<(u64, SystemTime, u128)>,
+    /// Entries of each principal.
+    held: HashMap<u64, usize>,
+    sequence: u64,
+    rng: StdRng,
+}
+
+/// A live credential as `csrd status` shows it.
+#[derive(Clone, Debug)]
+pub struct Row {
+    /// The id by which its workload can follow it.
+    pub id: String,
+    /// Whose it is.
+    pub workload: Arc<Workload>,
+    /// The certificate and its state.
+    pub live: Live,
+    /// Streams that follow it.
+    pub subscribers: usize,
+}
+
+impl State {
+    pub(super) fn new(queue: Queue, rng: StdRng) -> Self {
+        Self {
+            entries: HashMap::new(),
+            queue,
+            shared: HashMap::new(),
+            due: BTreeSet::new(),
+            idle: BTreeSet::new(),
+            held: HashMap::new(),
+            sequence: 0,
+            rng,
+        }
+    }
+
+    /// The entry that subscriptions with this key share.
+    pub(super) fn id_of(&self, key: &Key) -> Option<u128> {
+        self.shared.get(key).copied()
+    }
+
+    /// Takes in a new entry under a random id, within the bounds on entries.
+    pub(super) fn insert(&mut self, entry: Entry, now: SystemTime) -> Result<u128, HubError> {
+        let principal = entry.workload.principal();
+        let of_principal = (principal, SystemTime::UNIX_EPOCH, 0)..(principal, now + LINGER, u128::MAX);
+        if self.idle.range(of_principal.clone()).nth(MAX_IDLE_PER_PRINCIPAL - 1).is_some() {
+            let longest_idle = self.idle.range(of_principal).next().map(|(_, _, id)| *id);
+            longest_idle.into_iter().for_each(|id| self.forget(id));
+        }
+        let count = self.held.get(&principal).copied().unwrap_or(0);
+        if count >= MAX_ENTRIES_PER_PRINCIPAL {
+            return Err(HubError::TooMany { holder: "this workload", count, max: MAX_ENTRIES_PER_PRINCIPAL });
+        }
+        if self.entries.len() >= MAX_ENTRIES {
+            let count = self.entries.len();
+            return Err(HubError::TooMany { holder: "all workloads together", count, max: MAX_ENTRIES });
+        }
+        let id = self.rng.random::<u128>();
+        if let Some(key) = &entry.shared {
+            self.shared.insert(key.clone(), id);
+        }
+        *self.held.entry(principal).or_default() += 1;
+        self.entries.insert(id, entry);
+        Ok(id)
+    }
+
+    /// Drops an entry without a last word; for entries that nobody follows.
+    fn forget(&mut self, id: u128) {
+        let Some(entry) = self.entries.remove(&id) else { return };
+        let principal = entry.workload.principal();
+        if let Some(key) = &entry.shared {
+            self.shared.remove(key);
+        }
+        if let Some(due) = entry.due {
+            self.due.remove(&(due, id));
+        }
+        if let Some(since) = entry.idle_since {
+            self.idle.remove(&(principal, since, id));
+        }
+        if let Flight::Queued(priority, rank) = entry.flight {
+            self.queue.remove(priority, rank);
+        }
+        if let Some(count) = self.held.get_mut(&principal) {
+            *count -= 1;
+            if *count == 0 {
+                self.held.remove(&principal);
+            }
+        }
+    }
+
+    /// Drops an entry; its followers see `last` and nothing after it.
+    fn end(&mut self, id: u128, last: Snapshot) {
+        if let Some(entry) = self.entries.get(&id) {
+            entry.snapshot.send_replace(last);
+        }
+        self.forget(id);
+    }
+
+    /// Somebody follows `id` now.
+    pub(super) fn followed(&mut self, id: u128, now: SystemTime) {
+        let Some(entry) = self.entries.get_mut(&id) else { return };
+        if let Some(since) = entry.idle_since.take() {
+            self.idle.remove(&(entry.workload.principal(), since, id));
+            self.reschedule(id, now);
+        }
+    }
+
+    /// One follower of `id`, still counted, is going.
+    pub(super) fn left(&mut self, id: u128, now: SystemTime) {
+        let Some(entry) = self.entries.get_mut(&id) else { return };
+        if entry.snapshot.receiver_count() <= 1 && entry.idle_since.is_none() {
+            entry.idle_since = Some(now);
+            self.idle.insert((entry.workload.principal(), now, id));
+            self.reschedule(id, now);
+        }
+    }
+
+    /// Puts the entry into the queue, or further ahead if it waits there with less priority.
+    pub(super) fn enqueue(&mut self, id: u128, priority: Priority) {
+        let Some(entry) = self.entries.get_mut(&id) else { return };
+        match entry.flight {
+            Flight::UnderWay => return,
+            Flight::Queued(present, _) if present <= priority => return,
+            Flight::Queued(present, rank) => self.queue.remove(present, rank),
+            Flight::Idle => {}
+        }
+        entry.flight = Flight::Queued(priority, self.queue.push(priority, id));
+    }
+
+    /// When the schedule has to wake.
+    pub(super) fn first_due(&self) -> Option<SystemTime> {
+        self.due.first().map(|(when, _)| *when)
+    }
+
+    /// Does what is due by `now`.
+    pub(super) fn fire(&mut self, now: SystemTime) {
+        while let Some(&(when, id)) = self.due.first() {
+            if when > now {
+                break;
+            }
+            self.due.pop_first();
+            let entry = self.entries.get_mut(&id).expect("only entries that are held are due");
+            entry.due = None;
+            if entry.idle_since.is_some() {
+                self.forget(id);
+            } else if entry.rotates_key() {
+                let sequence = next_sequence(&mut self.sequence, now);
+                self.change(id, |live| live.rotation_due = Some(sequence));
+            } else {
+                let priority = if entry.failures > 0 { Priority::Urgent } else { Priority::Routine };
+                self.enqueue(id, priority);
+            }
+        }
+    }
+
+    /// Decides again if `policies` are not those of the last decision. A lost right ends the entry.
+    pub(super) fn redecide(&mut self, id: u128, policies: &Arc<PolicySet>, now: SystemTime) -> Option<Arc<Denial>> {
+        let entry = self.entries.get_mut(&id)?;
+        if Arc::ptr_eq(&entry.decided_under, policies) {
+            return None;
+        }
+        match policy::decide(policies, &entry.workload, &entry.ask) {
+            Ok(grant) => {
+                let other = !same_certificate(&entry.grant, &grant);
+                entry.grant = grant;
+                entry.decided_under = policies.clone();
+                if other && !entry.rotates_key() {
+                    self.enqueue(id, Priority::Urgent);
+                }
+                None
+            }
+            Err(denial) => {
+                let denial = Arc::new(denial);
+                let sequence = next_sequence(&mut self.sequence, now);
+                self.end(id, Snapshot::Denied(sequence, denial.clone()));
+                Some(denial)
+            }
+        }
+    }
+
+    /// The signer's roots have changed.
+    pub(super) fn bundle_changed(&mut self, signer: &str, bundle: &Arc<Bundle>, now: SystemTime) {
+        let of_signer = self.entries.iter().filter(|(_, entry)| entry.grant.signer() == signer);
+        for id in of_signer.map(|(id, _)| *id).collect::<Vec<_>>() {
+            let sequence = next_sequence(&mut self.sequence, now);
+            self.change(id, |live| {
+                if live.bundle.1 != *bundle {
+                    live.bundle = (sequence, bundle.clone());
+                }
+            });
+        }
+    }
+
+    /// A flight of `id` has ended: with a certificate and the roots its signer publishes now, or with an error.
+    pub(super) fn landed(
+        &mut self,
+        id: u128,
+        outcome: Result<(Credential, Arc<Bundle>), HubError>,
+        now: SystemTime,
+    ) {
+        let Some(entry) = self.entries.get_mut(&id) else { return };
+        entry.flight = Flight::Idle;
+        let sequence = next_sequence(&mut self.sequence, now);
+        match outcome {
+            // Policy has changed during the flight: this is no longer what the workload may have.
+            Ok((credential, _)) if !same_certificate(credential.grant(), &entry.grant) => {
+                self.enqueue(id, Priority::AskedNow);
+            }
+            Ok((credential, bundle)) => {
+                entry.failures = 0;
+                let renew_at = draw_renew_point(&mut self.rng, now, credential.not_after());
+                entry.snapshot.send_replace(Snapshot::Live(Live {
+                    credential: Arc::new(credential),
+                    issued: sequence,
+                    renew_at,
+                    bundle: (sequence, bundle),
+                    delay: None,
+                    rotation_due: None,
+                }));
+                self.reschedule(id, now);
+            }
+            Err(error) => {
+                let not_after = entry.snapshot.borrow().live().map(|live| live.credential.not_after());
+                let Some(not_after) = not_after else { return self.end(id, Snapshot::Failed(error)) };
+                entry.failures = entry.failures.saturating_add(1);
+                let wait = RETRY.delay(entry.failures, &mut self.rng);
+                let left = not_after.duration_since(now).unwrap_or(RETRY.max);
+                let retry_at = now + wait.min((left / 2).max(RETRY.first));
+                let delay = Arc::new(Delay { reason: error.reason(), message: error.to_string(), retry_at });
+                self.change(id, |live| live.delay = Some((sequence, delay)));
+                self.reschedule(id, now);
+            }
+        }
+    }
+
+    /// The live credentials that `visible` lets through, soonest expiry first.
+    pub(super) fn rows(&self, visible: impl Fn(&Workload) -> bool) -> Vec<Row> {
+        let mut rows = Vec::new();
+        for (id, entry) in self.entries.iter().filter(|(_, entry)| visible(&entry.workload)) {
+            if let Some(live) = entry.snapshot.borrow().live() {
+                let (id, workload) = (format!("{id:032x}"), entry.workload.clone());
+                rows.push(Row { id, workload, live: live.clone(), subscribers: entry.snapshot.receiver_count() });
+            }
+        }
+        rows.sort_by_key(|row| row.live.credential.not_after());
+        rows
+    }
+
+    /// Changes the published state of a live entry.
+    fn change(&mut self, id: u128, change: impl FnOnce(&mut Live)) {
+        if let Some(entry) = self.entries.get(&id) {
+            entry.snapshot.send_modify(|snapshot| {
+                if let Snapshot::Live(live) = snapshot {
+                    change(live);
+                }
+            });
+        }
+    }
+
+    /// Writes the entry's next moment into the schedule.
+    fn reschedule(&mut self, id: u128, now: SystemTime) {
+        let Some(entry) = self.entries.get_mut(&id) else { return };
+        if let Some(due) = entry.due.take() {
+            self.due.remove(&(due, id));
+        }
+        let due = match entry.idle_since {
+            Some(since) => Some(since + LINGER),
+            None if entry.flight == Flight::Idle => entry.next_due(),
+            None => None,
+        };
+        // A clock that was set back must not keep an idle entry longer than it lingers.
+        let due = due.map(|due| if entry.idle_since.is_some() { due.min(now + LINGER) } else { due });
+        if let Some(due) = due {
+            entry.due = Some(due);
+            self.due.insert((due, id));
+        }
+    }
+}
+
+/// Sequences follow the wall clock in microseconds, so that none repeats across a restart, and never step back.
+fn next_sequence(sequence: &mut u64, now: SystemTime) -> u64 {
+    let micros = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_micros();
+    *sequence = u64::try_from(micros).unwrap_or(u64::MAX).max(*sequence + 1);
+    *sequence
+}
+
+/// A moment within [`RENEW_WINDOW`] of what is left of the certificate's life.
+fn draw_renew_point(rng: &mut StdRng, now: SystemTime, not_after: SystemTime) -> SystemTime {
+    let life = not_after.duration_since(now).unwrap_or_default();
+    now + life.mul_f64(rng.random_range(RENEW_WINDOW.0..RENEW_WINDOW.1))
+}
+
+/// Whether a certificate under one grant would serve under the other; lifetime and policy only matter at renewal.
+fn same_certificate(a: &Grant, b: &Grant) -> bool {
+    (a.names(), a.usages(), a.key(), a.signer()) == (b.names(), b.usages(), b.key(), b.signer())
+}

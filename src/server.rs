@@ -1,0 +1,233 @@
+//! The socket's front: accepts connections, binds each to the process that made it, and hands its calls to the services.
+//!
+//! A connection is served only while its process lives and only to bytes which that process wrote. Nothing a client
+//! sends, or fails to send, can hold more than the bounds named here, keep another client waiting, or keep the agent
+//! from stopping. Who may have what is not decided here.
+
+pub mod admin;
+pub mod authority;
+mod convert;
+mod credentials;
+mod issuance;
+mod limits;
+mod status;
+
+use std::{convert::Infallible, pin::pin, sync::Arc, time::Duration};
+
+use hyper::{Request, Response, body::Incoming, server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::UnixListener,
+    sync::Notify,
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::{body::Body, service::Routes};
+use tower::{Service as _, ServiceExt as _};
+use tower_http::timeout::TimeoutBody;
+
+use crate::{
+    attest::{AttestError, Attestor, Caller, Peer, PeerStream, Workload},
+    hub::Hub,
+    metrics::Metrics,
+    proto::{self, v1},
+    telemetry,
+};
+
+use authority::AuthorityStream;
+pub use limits::Limits;
+use limits::Tally;
+
+/// Calls under way at once on one connection; hyper refuses one more with REFUSED_STREAM.
+pub const MAX_STREAMS_PER_CONNECTION: u32 = 128;
+/// Bytes of one request's headers.
+pub const MAX_HEADER_BYTES: u32 = 16 * 1024;
+/// Bytes of one request message: room for 64 URIs of 2048 bytes and a PKCS#10 request of 16 KiB.
+pub const MAX_REQUEST_BYTES: usize = 160 * 1024;
+/// Bytes a client may send on one stream, or on all of a connection, before the agent has read them.
+pub const WINDOW_BYTES: u32 = 64 * 1024;
+/// Bytes hyper may hold for one stream that its client does not read.
+pub const MAX_UNSENT_BYTES: usize = 64 * 1024;
+/// How long a new connection may take to its first whole request header.
+pub const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a request's message may stall.
+pub const REQUEST_BODY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a silent connection is asked whether its client still answers.
+pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(300);
+/// How long it may take to answer.
+pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long connections may go on after a stop is asked for; their streams have ended by then.
+pub const STOP_GRACE: Duration = Duration::from_secs(2);
+
+/// What the services stand on.
+#[derive(Clone, Debug)]
+pub struct Engine {
+    /// Credentials over time.
+    pub hub: Hub,
+    /// Proves callers.
+    pub attestor: Arc<Attestor>,
+    /// Signer whose roots are meant when a caller names none.
+    pub default_signer: String,
+    /// User that may see all credentials, beside root: the agent's own.
+    pub operator_uid: u32,
+    /// Bounds for each principal and all together.
+    pub limits: Limits,
+    /// Counters and gauges.
+    pub metrics: Metrics,
+    /// Ends every stream when it is cancelled.
+    pub stop: CancellationToken,
+}
+
+/// Serves the socket API.
+#[derive(Clone, Debug)]
+pub struct Server {
+    routes: Routes,
+    attestor: Arc<Attestor>,
+    tally: Tally,
+    metrics: Metrics,
+    stop: CancellationToken,
+}
+
+/// What a call knows of the connection it came on.
+pub(crate) struct Connection {
+    caller: Result<Caller, AttestError>,
+    /// Notified at the first whole request.
+    spoke: Notify,
+}
+
+/// The span of one call, opened when its headers are there.
+#[derive(Clone)]
+pub(crate) struct CallSpan(tracing::Span);
+
+impl Server {
+    /// A server over `engine`; `health` is the grpc.health.v1 service that the agent keeps up to date.
+    pub fn new(engine: Engine, health: Routes) -> Self {
+        let (attestor, metrics, stop) = (engine.attestor.clone(), engine.metrics.clone(), engine.stop.clone());
+        let tally = Tally::new(engine.limits);
+        let engine = Arc::new(engine);
+        let issuance = issuance::Issuance::new(engine.clone(), tally.clone());
+        let issuance = v1::certificate_service_server::CertificateServiceServer::new(issuance)
+            .max_decoding_message_size(MAX_REQUEST_BYTES);
+        let credentials = v1::status_service_server::StatusServiceServer::new(credentials::Credentials::new(engine))
+            .max_decoding_message_size(MAX_REQUEST_BYTES);
+        let reflection = || tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(proto::DESCRIPTORS);
+        let routes = health
+            .add_service(issuance)
+            .add_service(credentials)
+            .add_service(reflection().build_v1().expect("our own descriptors are valid"))
+            .add_service(reflection().build_v1alpha().expect("our own descriptors are valid"))
+            .prepare();
+        Self { routes, attestor, tally, metrics, stop }
+    }
+
+    /// Accepts connections until the stop, then gives them [`STOP_GRACE`].
+    pub async fn serve(self, listener: UnixListener) {
+        let mut connections = JoinSet::new();
+        loop {
+            tokio::select! {
+                () = self.stop.cancelled() => break,
+                Some(_) = connections.join_next() => {}
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, _)) => {
+                        let peer = Peer::of(&stream, &self.attestor).map(Arc::new);
+                        let Some(place) = self.tally.connection(peer.as_ref().ok().map(|peer| u64::from(peer.uid()))) else {
+                            self.metrics.connection_refused("TOO_MANY_CONNECTIONS");
+                            continue;
+                        };
+                        let server = self.clone();
+                        connections.spawn(async move {
+                            let _place = place;
+                            match peer {
+                                Ok(peer) => server.connection(PeerStream::new(stream, &peer), Ok(Caller::Peer(peer))).await,
+                                Err(error) => server.connection(stream, Err(error)).await,
+                            }
+                        });
+                    }
+                    Err(error) => {
+                        // Out of file descriptors: those in use must end before more can begin.
+                        tracing::warn!(%error, "cannot accept a connection");
+                        sleep(Duration::from_millis(100)).await;
+                    }
+                },
+            }
+        }
+        drop(listener);
+        let all = async { while connections.join_next().await.is_some() {} };
+        if timeout(STOP_GRACE, all).await.is_err() {
+            tracing::debug!("connections that did not close in time were dropped");
+        }
+    }
+
+    /// Serves one connection until it closes, its process exits, or the stop.
+    ///
+    /// A caller that cannot be attested is still served, so that each of its calls is told why.
+    pub async fn connection<IO>(&self, io: IO, caller: Result<Caller, AttestError>)
+    where
+        IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let connection = Arc::new(Connection { caller, spoke: Notify::new() });
+        let service = service_fn(|request| self.call(request, connection.clone()));
+        let served = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
+            .max_header_list_size(MAX_HEADER_BYTES)
+            .initial_stream_window_size(WINDOW_BYTES)
+            .initial_connection_window_size(WINDOW_BYTES)
+            .max_send_buf_size(MAX_UNSENT_BYTES)
+            .keep_alive_interval(KEEPALIVE_INTERVAL)
+            .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+            .serve_connection(TokioIo::new(AuthorityStream::new(io)), service);
+        let mut served = pin!(served);
+        let gone = async {
+            match &connection.caller {
+                Ok(caller) => caller.exited().await,
+                Err(_) => std::future::pending().await,
+            }
+        };
+        let silent = async {
+            if timeout(FIRST_REQUEST_TIMEOUT, connection.spoke.notified()).await.is_ok() {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            ended = served.as_mut() => {
+                if let Err(error) = ended {
+                    tracing::debug!(%error, "connection ended");
+                }
+                return;
+            }
+            () = gone => return,
+            () = silent => return self.metrics.connection_refused("SILENT"),
+            () = self.stop.cancelled() => {}
+        }
+        served.as_mut().graceful_shutdown();
+        let _ = timeout(STOP_GRACE, served).await;
+    }
+
+    async fn call(
+        &self,
+        request: Request<Incoming>,
+        connection: Arc<Connection>,
+    ) -> Result<Response<Body>, Infallible> {
+        connection.spoke.notify_one();
+        let span = telemetry::rpc_span(request.headers(), request.uri().path());
+        let mut request = request.map(|body| TimeoutBody::new(REQUEST_BODY_TIMEOUT, body));
+        request.extensions_mut().insert(connection);
+        request.extensions_mut().insert(CallSpan(span));
+        let mut routes = self.routes.clone();
+        let Ok(routes) = routes.ready().await;
+        routes.call(request).await
+    }
+}
+
+impl Connection {
+    /// Who calls, proven now: the process lives, wrote these bytes, and is still what it was or is looked at afresh.
+    pub(crate) async fn workload(&self, attestor: &Attestor) -> Result<Arc<Workload>, AttestError> {
+        match &self.caller {
+            Ok(caller) => caller.attest(attestor).await,
+            Err(error) => Err(error.clone()),
+        }
+    }
+}

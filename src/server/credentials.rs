@@ -1,0 +1,35 @@
+//! `csrd.v1.StatusService`: what the agent holds, without secrets, as far as the caller may see it.
+
+use std::sync::Arc;
+
+use tonic::{Request, Response, Status};
+
+use super::{Connection, Engine, convert, status};
+use crate::proto::v1;
+
+/// The service.
+pub(super) struct Credentials {
+    engine: Arc<Engine>,
+}
+
+impl Credentials {
+    pub(super) fn new(engine: Arc<Engine>) -> Self {
+        Self { engine }
+    }
+}
+
+#[tonic::async_trait]
+impl v1::status_service_server::StatusService for Credentials {
+    async fn list_credentials(
+        &self,
+        request: Request<v1::ListCredentialsRequest>,
+    ) -> Result<Response<v1::ListCredentialsResponse>, Status> {
+        let connection = request.extensions().get::<Arc<Connection>>().expect("the server sets it");
+        let caller = connection.workload(&self.engine.attestor).await.map_err(|error| status::attestation(&error))?;
+        let uid = caller.unix().uid;
+        let operator = uid == 0 || uid == self.engine.operator_uid;
+        let rows = self.engine.hub.rows(|workload| operator || *workload == *caller);
+        let credentials = rows.iter().map(convert::credential_status).collect();
+        Ok(Response::new(v1::ListCredentialsResponse { credentials }))
+    }
+}

@@ -1,0 +1,165 @@
+//! `csrd.v1.CertificateService`: who calls, what it asks for, and the streams that answer.
+//!
+//! Every stream has an arm for the stop, so that the agent can end, and holds a place of its principal's bound. Before
+//! each push the process behind the stream is looked at again: one that has become something else gets nothing more.
+
+mod issue;
+mod subscribe;
+
+use std::{pin::Pin, sync::Arc};
+
+use tokio_stream::{Stream, StreamExt as _, wrappers::WatchStream};
+use tonic::{Code, Request, Response, Status};
+use tracing::Instrument as _;
+
+use super::{CallSpan, Connection, Engine, convert, limits::{Place, Tally}, status};
+use crate::{
+    attest::Workload,
+    metrics::{Counted, counted},
+    policy,
+    proto::v1,
+    telemetry,
+};
+
+/// The service.
+pub(super) struct Issuance {
+    engine: Arc<Engine>,
+    tally: Tally,
+}
+
+/// A caller of one call, proven at its start.
+struct Call {
+    engine: Arc<Engine>,
+    connection: Arc<Connection>,
+    workload: Arc<Workload>,
+    span: tracing::Span,
+}
+
+/// What an open stream holds until it ends.
+struct Open {
+    _place: Place,
+    _counted: Counted,
+}
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+impl Issuance {
+    pub(super) fn new(engine: Arc<Engine>, tally: Tally) -> Self {
+        Self { engine, tally }
+    }
+
+    /// Proves the caller of `request`.
+    async fn call<T>(&self, request: &Request<T>) -> Result<Call, Status> {
+        let CallSpan(span) = request.extensions().get::<CallSpan>().expect("the server sets it").clone();
+        let connection = request.extensions().get::<Arc<Connection>>().expect("the server sets it").clone();
+        let attested = connection.workload(&self.engine.attestor);
+        let attested = attested.instrument(tracing::debug_span!(parent: &span, "attest")).await;
+        match attested {
+            Ok(workload) => {
+                self.engine.metrics.attest.good();
+                Ok(Call { engine: self.engine.clone(), connection, workload, span })
+            }
+            Err(error) => {
+                self.engine.metrics.attest.bad(error.reason());
+                tracing::warn!(parent: &span, reason = error.reason(), %error, "caller refused");
+                Err(ended(&span, status::attestation(&error)))
+            }
+        }
+    }
+
+    /// A place for a stream of `call`.
+    fn open(&self, call: &Call) -> Result<Open, Status> {
+        let place = self.tally.stream(call.workload.principal());
+        let place = place.ok_or_else(|| status::too_many_streams(self.engine.limits.streams_per_principal))?;
+        Ok(Open { _place: place, _counted: counted(&self.engine.metrics.subscribers) })
+    }
+}
+
+impl Call {
+    /// Whether the process behind the call is still the workload that it was at the start.
+    async fn check_unchanged(&self) -> Result<(), Status> {
+        match self.connection.workload(&self.engine.attestor).await {
+            Ok(workload) if workload == self.workload => Ok(()),
+            Ok(_) => Err(status::changed()),
+            Err(error) => Err(status::attestation(&error)),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl v1::certificate_service_server::CertificateService for Issuance {
+    async fn who_am_i(&self, request: Request<v1::WhoAmIRequest>) -> Result<Response<v1::WhoAmIResponse>, Status> {
+        let call = self.call(&request).await?;
+        let facts = call.workload.facts().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+        let views = policy::views(&self.engine.hub.policies(), &call.workload);
+        let policies = views.into_iter().map(convert::policy_view).collect();
+        Ok(Response::new(v1::WhoAmIResponse { facts, policies }))
+    }
+
+    type IssueCertificateStream = Answers<v1::IssueCertificateResponse>;
+
+    async fn issue_certificate(
+        &self,
+        request: Request<v1::IssueCertificateRequest>,
+    ) -> Result<Response<Self::IssueCertificateStream>, Status> {
+        let call = self.call(&request).await?;
+        let open = self.open(&call)?;
+        let (ask, held) = convert::ask(request.into_inner().request).map_err(|error| ended(&call.span, error.into()))?;
+        Ok(Response::new(Box::pin(issue::answers(call, ask, held, open))))
+    }
+
+    type SubscribeStream = Answers<v1::SubscribeResponse>;
+
+    async fn subscribe(
+        &self,
+        request: Request<v1::SubscribeRequest>,
+    ) -> Result<Response<Self::SubscribeStream>, Status> {
+        let call = self.call(&request).await?;
+        let open = self.open(&call)?;
+        let span = call.span.clone();
+        let subscription = subscribe::find(&call, request.into_inner()).instrument(span.clone()).await;
+        let subscription = subscription.map_err(|error| ended(&span, error))?;
+        Ok(Response::new(Box::pin(subscribe::answers(call, subscription, open))))
+    }
+
+    type WatchTrustBundleStream = Answers<v1::WatchTrustBundleResponse>;
+
+    async fn watch_trust_bundle(
+        &self,
+        request: Request<v1::WatchTrustBundleRequest>,
+    ) -> Result<Response<Self::WatchTrustBundleStream>, Status> {
+        let call = self.call(&request).await?;
+        let open = self.open(&call)?;
+        let name = request.into_inner().signer_name;
+        let name = if name.is_empty() { &self.engine.default_signer } else { &name };
+        let bundle = self.engine.hub.bundle(name).ok_or_else(|| {
+            let message = format!("signer_name: this agent has no signer {name:.253?}");
+            ended(&call.span, status::refuse(Code::NotFound, "SIGNER_UNKNOWN", message))
+        })?;
+        let stop = self.engine.stop.clone();
+        let bundles = WatchStream::new(bundle).map(move |bundle| {
+            let _ = &open;
+            Ok(v1::WatchTrustBundleResponse { trust_bundle: bundle.pem(), sha256_fingerprints: bundle.fingerprints() })
+        });
+        let stopped = tokio_stream::once(()).then(move |()| {
+            let stop = stop.clone();
+            async move {
+                stop.cancelled().await;
+                Err(status::stopping())
+            }
+        });
+        Ok(Response::new(Box::pin(until_error(bundles.merge(stopped)))))
+    }
+}
+
+/// Passes a stream on up to and with its first error, which ends the call.
+fn until_error<T>(stream: impl Stream<Item = Result<T, Status>>) -> impl Stream<Item = Result<T, Status>> {
+    let mut over = false;
+    stream.take_while(move |item| !std::mem::replace(&mut over, item.is_err()))
+}
+
+/// Writes into the call's span how it ended.
+fn ended(span: &tracing::Span, status: Status) -> Status {
+    telemetry::record_status(span, status.code() as i32, status.message());
+    status
+}

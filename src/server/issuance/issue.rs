@@ -1,0 +1,127 @@
+//! `IssueCertificate`: each stage as it is passed, then the certificate.
+
+use std::{pin::Pin, sync::Arc, time::Duration};
+
+use futures_util::stream;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep},
+};
+use tokio_stream::Stream;
+use tonic::Status;
+use tracing::Instrument as _;
+
+use super::{Call, Open, ended};
+use crate::{
+    hub::{Event, Held, HubError, Step},
+    policy::Ask,
+    proto::v1::{self, StageKind, issue_certificate_response},
+    server::{STOP_GRACE, convert, status},
+    signer::Stage,
+};
+
+/// Stages of one issuance; each is sent once, so a stage always finds room.
+const MAX_STAGES: usize = 8;
+
+struct State {
+    call: Call,
+    _open: Open,
+    began: Instant,
+    stages: mpsc::Receiver<v1::Stage>,
+    /// `None` once it has ended.
+    work: Option<Pin<Box<dyn Future<Output = Result<v1::Certificate, HubError>> + Send>>>,
+    outcome: Option<Result<v1::Certificate, Status>>,
+}
+
+/// The answers to `call`.
+pub(super) fn answers(
+    call: Call,
+    ask: Ask,
+    held: Option<Held>,
+    open: Open,
+) -> impl Stream<Item = Result<v1::IssueCertificateResponse, Status>> {
+    let began = Instant::now();
+    let (tell, stages) = mpsc::channel(MAX_STAGES);
+    let _ = tell.try_send(stage(StageKind::Attested, call.workload.to_string(), Duration::ZERO));
+    let progress = move |step| {
+        let (kind, detail) = match step {
+            Step::Granted(policy) => (StageKind::Granted, format!("policy {policy}")),
+            Step::Signer(Stage::Requested(detail)) => (StageKind::Requested, detail),
+            Step::Signer(Stage::Approved(detail)) => (StageKind::Approved, detail),
+            Step::Signer(Stage::Issued) => (StageKind::Issued, "checked against the grant".to_owned()),
+        };
+        // A caller that has gone away does not stop the issuance.
+        let _ = tell.try_send(stage(kind, detail, began.elapsed()));
+    };
+    let (hub, workload, span) = (call.engine.hub.clone(), call.workload.clone(), call.span.clone());
+    let work = async move {
+        let mut subscription = hub.issue(workload, ask, held, Arc::new(progress)).await?;
+        match subscription.next().await {
+            Event::Certificate(_, live) => Ok(convert::certificate(&subscription.id(), &live)),
+            Event::Ended(error) => Err(error),
+            Event::Denied(_, denial) => Err(HubError::Denied(denial)),
+            // A new credential's first event is its certificate.
+            _ => Err(HubError::Stopping),
+        }
+    };
+    let work = Some(Box::pin(work.instrument(span)) as _);
+    let state = State { call, _open: open, began, stages, work, outcome: None };
+    stream::unfold(state, |mut state| async {
+        let answer = next(&mut state).await?;
+        Some((answer, state))
+    })
+}
+
+/// The next answer; `None` after the last.
+async fn next(state: &mut State) -> Option<Result<v1::IssueCertificateResponse, Status>> {
+    loop {
+        if let Ok(stage) = state.stages.try_recv() {
+            return Some(Ok(answer(issue_certificate_response::Event::Stage(stage))));
+        }
+        if let Some(outcome) = state.outcome.take() {
+            return Some(deliver(&state.call, outcome).await);
+        }
+        let work = state.work.as_mut()?;
+        tokio::select! {
+            biased;
+            Some(stage) = state.stages.recv() => return Some(Ok(answer(issue_certificate_response::Event::Stage(stage)))),
+            outcome = work => {
+                state.work = None;
+                state.outcome = Some(outcome.map_err(|error| status::hub(&error)));
+            }
+            () = given_up(&state.call) => {
+                state.work = None;
+                state.outcome = Some(Err(status::stopping()));
+            }
+        }
+    }
+}
+
+/// Hands the certificate over, to the process that asked for it and no other.
+async fn deliver(
+    call: &Call,
+    outcome: Result<v1::Certificate, Status>,
+) -> Result<v1::IssueCertificateResponse, Status> {
+    let delivery = async {
+        let certificate = outcome?;
+        call.check_unchanged().await?;
+        Ok(answer(issue_certificate_response::Event::Certificate(certificate)))
+    };
+    let delivered = delivery.instrument(tracing::debug_span!(parent: &call.span, "deliver")).await;
+    delivered.map_err(|status| ended(&call.span, status))
+}
+
+/// Ends when the agent has been told to stop and an issuance under way has had its time.
+async fn given_up(call: &Call) {
+    call.engine.stop.cancelled().await;
+    sleep(STOP_GRACE).await;
+}
+
+fn stage(kind: StageKind, detail: String, elapsed: Duration) -> v1::Stage {
+    let elapsed = prost_types::Duration::try_from(elapsed).ok();
+    v1::Stage { kind: kind.into(), detail, elapsed }
+}
+
+fn answer(event: issue_certificate_response::Event) -> v1::IssueCertificateResponse {
+    v1::IssueCertificateResponse { event: Some(event) }
+}

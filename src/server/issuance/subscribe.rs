@@ -1,0 +1,109 @@
+//! `Subscribe`: the state in force, then every change to it, until the right or the agent goes.
+
+use futures_util::stream;
+use tokio_stream::Stream;
+use tonic::{Code, Status};
+use tracing::Instrument as _;
+
+use super::{Call, Open, ended};
+use crate::{
+    hub::{Event, HubError, Subscription},
+    proto::v1::{self, subscribe_response},
+    server::{convert, status},
+};
+
+struct State {
+    call: Call,
+    _open: Open,
+    subscription: Subscription,
+    /// Set when the first certificate of the stream has gone out: the ones after it are renewals.
+    begun: bool,
+    /// Set by the event after which there is nothing more but this status.
+    last: Option<Status>,
+    over: bool,
+}
+
+/// The credential that `request` names by id, or by what is asked for.
+pub(super) async fn find(call: &Call, request: v1::SubscribeRequest) -> Result<Subscription, Status> {
+    let hub = &call.engine.hub;
+    let by_id = !request.certificate_id.is_empty();
+    if by_id {
+        let resumed = hub.resume(&call.workload, &request.certificate_id, request.after_sequence).await;
+        if let Some(subscription) = resumed.map_err(|error| status::hub(&error))? {
+            return Ok(subscription);
+        }
+    }
+    if request.request.is_none() && by_id {
+        let message = "certificate_id: this agent has no such certificate of yours; it may have restarted: send a request";
+        return Err(status::refuse(Code::NotFound, "CERTIFICATE_UNKNOWN", message.to_owned()));
+    }
+    let (ask, held) = convert::ask(request.request)?;
+    hub.subscribe(call.workload.clone(), ask, held).await.map_err(|error| status::hub(&error))
+}
+
+/// The answers to `call`. A subscription that was resumed has seen a certificate already.
+pub(super) fn answers(
+    call: Call,
+    subscription: Subscription,
+    open: Open,
+) -> impl Stream<Item = Result<v1::SubscribeResponse, Status>> {
+    let begun = subscription.has_seen();
+    let state = State { call, _open: open, subscription, begun, last: None, over: false };
+    stream::unfold(state, |mut state| async {
+        let answer = next(&mut state).await?;
+        state.over = answer.is_err();
+        Some((answer, state))
+    })
+}
+
+/// The next answer; `None` after the last.
+async fn next(state: &mut State) -> Option<Result<v1::SubscribeResponse, Status>> {
+    if state.over {
+        return None;
+    }
+    if let Some(status) = state.last.take() {
+        return Some(Err(ended(&state.call.span, status)));
+    }
+    let event = tokio::select! {
+        biased;
+        event = state.subscription.next() => event,
+        () = state.call.engine.stop.cancelled() => return Some(Err(ended(&state.call.span, status::stopping()))),
+    };
+    let answer = deliver(state, event).instrument(tracing::debug_span!(parent: &state.call.span, "deliver")).await;
+    Some(answer.map_err(|status| ended(&state.call.span, status)))
+}
+
+/// Turns an event into an answer for the process that opened the stream, and no other.
+async fn deliver(state: &mut State, event: Event) -> Result<v1::SubscribeResponse, Status> {
+    state.call.check_unchanged().await?;
+    let sequence = event.sequence().unwrap_or_default();
+    let event = match event {
+        Event::Certificate(_, live) => {
+            let certificate = Some(convert::certificate(&state.subscription.id(), &live));
+            if std::mem::replace(&mut state.begun, true) {
+                subscribe_response::Event::Renewed(v1::Renewed { certificate })
+            } else {
+                subscribe_response::Event::Current(v1::Current { certificate })
+            }
+        }
+        Event::Bundle(_, bundle) => {
+            subscribe_response::Event::TrustBundleUpdated(v1::TrustBundleUpdated { trust_bundle: bundle.pem() })
+        }
+        Event::Delayed(_, delay, live) => subscribe_response::Event::RenewalDelayed(v1::RenewalDelayed {
+            reason: delay.reason.to_owned(),
+            message: delay.message.clone(),
+            retry_at: Some(convert::timestamp(delay.retry_at)),
+            expires_at: Some(convert::timestamp(live.credential.not_after())),
+        }),
+        Event::RotationDue(_, live) => subscribe_response::Event::RenewalDue(v1::RenewalDue {
+            expires_at: Some(convert::timestamp(live.credential.not_after())),
+        }),
+        Event::Denied(_, denial) => {
+            let (reason, message) = (denial.reason().to_owned(), denial.to_string());
+            state.last = Some(status::hub(&HubError::Denied(denial)));
+            subscribe_response::Event::Denied(v1::Denied { reason, message })
+        }
+        Event::Ended(error) => return Err(status::hub(&error)),
+    };
+    Ok(v1::SubscribeResponse { sequence, event: Some(event) })
+}

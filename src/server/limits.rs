@@ -1,0 +1,118 @@
+//! How much of the server one principal may hold: connections and open streams, counted while they last.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+/// Bounds for one principal and for all together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections of all principals.
+    pub connections: usize,
+    /// Connections of one principal.
+    pub connections_per_principal: usize,
+    /// Open streams of one principal.
+    pub streams_per_principal: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { connections: 8192, connections_per_principal: 2048, streams_per_principal: 4096 }
+    }
+}
+
+/// Counts what is held; clones share the counts.
+#[derive(Clone, Debug)]
+pub(super) struct Tally {
+    limits: Limits,
+    held: Arc<Mutex<HashMap<(Kind, u64), usize>>>,
+}
+
+/// What is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Kind {
+    AllConnections,
+    Connections,
+    Streams,
+}
+
+/// One place that is held until it is dropped.
+#[derive(Debug)]
+pub(super) struct Place {
+    tally: Tally,
+    keys: Vec<(Kind, u64)>,
+}
+
+impl Tally {
+    pub(super) fn new(limits: Limits) -> Self {
+        Self { limits, held: Arc::default() }
+    }
+
+    /// A place for a connection; `None` when all, or all of this principal's, are taken.
+    ///
+    /// Callers that could not be attested share one principal's places.
+    pub(super) fn connection(&self, principal: Option<u64>) -> Option<Place> {
+        let principal = principal.unwrap_or(u64::MAX);
+        self.take(&[
+            (Kind::AllConnections, 0, self.limits.connections),
+            (Kind::Connections, principal, self.limits.connections_per_principal),
+        ])
+    }
+
+    /// A place for a stream; `None` when all of this principal's are taken.
+    pub(super) fn stream(&self, principal: u64) -> Option<Place> {
+        self.take(&[(Kind::Streams, principal, self.limits.streams_per_principal)])
+    }
+
+    fn take(&self, wanted: &[(Kind, u64, usize)]) -> Option<Place> {
+        let mut held = self.lock();
+        if wanted.iter().any(|(kind, who, max)| held.get(&(*kind, *who)).is_some_and(|count| count >= max)) {
+            return None;
+        }
+        let keys: Vec<_> = wanted.iter().map(|(kind, who, _)| (*kind, *who)).collect();
+        keys.iter().for_each(|key| *held.entry(*key).or_default() += 1);
+        Some(Place { tally: self.clone(), keys })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<(Kind, u64), usize>> {
+        self.held.lock().expect("no code panics while it counts")
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut held = self.tally.lock();
+        for key in &self.keys {
+            if let Some(count) = held.get_mut(key) {
+                *count -= 1;
+                if *count == 0 {
+                    held.remove(key);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_given_up_to_each_bound_and_come_back_when_dropped() {
+        let limits = Limits { connections: 3, connections_per_principal: 2, streams_per_principal: 1 };
+        let tally = Tally::new(limits);
+        let first = tally.connection(Some(1)).expect("the first of two");
+        let second = tally.connection(Some(1)).expect("the second of two");
+        assert!(tally.connection(Some(1)).is_none(), "one past the principal's bound");
+        let third = tally.connection(Some(2)).expect("the third of three");
+        assert!(tally.connection(Some(3)).is_none(), "one past the bound for all");
+        drop(first);
+        assert!(tally.connection(Some(3)).is_some());
+        let stream = tally.stream(1).expect("the only one");
+        assert!(tally.stream(1).is_none(), "one past the bound on streams");
+        assert!(tally.stream(2).is_some(), "another principal has its own");
+        drop((second, third, stream));
+        assert!(tally.lock().is_empty(), "nothing is remembered of those that left");
+    }
+}

@@ -1,0 +1,3 @@
+//! Protocol in, protocol out.
+
+pub mod admin;

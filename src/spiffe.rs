@@ -1,10 +1,208 @@
-//! stub
-/// A SPIFFE ID.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct SpiffeId(String);
+//! SPIFFE IDs and trust domains, parsed into the one form that the standard allows.
+//!
+//! A [`SpiffeId`] is valid by construction and prints exactly what was parsed: there is nothing to normalize, because the
+//! standard forbids percent-encoding, empty and relative segments, ports, queries and fragments (SPIFFE-ID section 2).
+
+use std::fmt;
+
+/// Bytes in a SPIFFE ID (SPIFFE-ID section 2.3).
+pub const MAX_SPIFFE_ID_BYTES: usize = 2048;
+/// Bytes in a trust domain name (SPIFFE-ID section 2.3).
+pub const MAX_TRUST_DOMAIN_BYTES: usize = 255;
+
+const SCHEME: &str = "spiffe://";
+
+/// The name of a trust domain, for example `example.org` (SPIFFE-ID section 2.1).
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TrustDomain(String);
+
+impl TrustDomain {
+    /// Parses a bare name, without scheme: 1 to 255 bytes of `a-z`, `0-9`, `.`, `-` and `_`.
+    pub fn parse(name: &str) -> Result<Self, SpiffeError> {
+        check_trust_domain(name)?;
+        Ok(Self(name.to_owned()))
+    }
+
+    /// The bare name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The trust domain's own ID, `spiffe://name`, by which the Workload API and SDS key bundles.
+    pub fn id(&self) -> String {
+        format!("{SCHEME}{}", self.0)
+    }
+}
+
+/// The bare name.
+impl fmt::Display for TrustDomain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A SPIFFE ID, for example `spiffe://example.org/ns/web/sa/api`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SpiffeId {
+    text: String,
+    path_at: usize,
+}
+
 impl SpiffeId {
-    /// Parse.
-    pub fn parse(text: &str) -> Result<Self, ()> {
-        Ok(Self(text.to_owned()))
+    /// Parses the URI form.
+    pub fn parse(text: &str) -> Result<Self, SpiffeError> {
+        if text.len() > MAX_SPIFFE_ID_BYTES {
+            return Err(SpiffeError::TooLong { bytes: text.len() });
+        }
+        let rest = text.strip_prefix(SCHEME).ok_or(SpiffeError::Scheme)?;
+        let trust_domain = rest.split('/').next().unwrap_or_default();
+        check_trust_domain(trust_domain)?;
+        check_path(&rest[trust_domain.len()..])?;
+        Ok(Self { text: text.to_owned(), path_at: SCHEME.len() + trust_domain.len() })
+    }
+
+    /// The ID of `path` in `trust_domain`; `path` is empty or begins with a slash.
+    pub fn new(trust_domain: &TrustDomain, path: &str) -> Result<Self, SpiffeError> {
+        if !path.is_empty() && !path.starts_with('/') {
+            return Err(SpiffeError::PathSegment);
+        }
+        Self::parse(&format!("{SCHEME}{trust_domain}{path}"))
+    }
+
+    /// The URI.
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+
+    /// The trust domain.
+    pub fn trust_domain(&self) -> TrustDomain {
+        TrustDomain(self.text[SCHEME.len()..self.path_at].to_owned())
+    }
+
+    /// The path with its leading slash; empty for the trust domain itself, which no workload may have.
+    pub fn path(&self) -> &str {
+        &self.text[self.path_at..]
+    }
+}
+
+/// The URI.
+impl fmt::Display for SpiffeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// The clause that a text breaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SpiffeError {
+    /// SPIFFE-ID section 2.
+    #[error("a SPIFFE ID begins with spiffe:// in lower case")]
+    Scheme,
+    /// SPIFFE-ID section 2.3.
+    #[error("a SPIFFE ID has at most 2048 bytes, this one {bytes}")]
+    TooLong {
+        /// Its length.
+        bytes: usize,
+    },
+    /// SPIFFE-ID section 2.1; a port, user info or upper case ends here too.
+    #[error("a trust domain has 1 to 255 bytes, all of a-z, 0-9, '.', '-' and '_'")]
+    TrustDomain,
+    /// SPIFFE-ID section 2.2; a query, fragment or percent-encoding ends here too.
+    #[error("a path segment holds only letters, digits, '.', '-' and '_'")]
+    PathCharacters,
+    /// SPIFFE-ID section 2.2.
+    #[error("a path has no empty, '.' or '..' segment and no trailing slash")]
+    PathSegment,
+}
+
+fn check_trust_domain(name: &str) -> Result<(), SpiffeError> {
+    let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b".-_".contains(&b);
+    if name.is_empty() || name.len() > MAX_TRUST_DOMAIN_BYTES || !name.bytes().all(allowed) {
+        return Err(SpiffeError::TrustDomain);
+    }
+    Ok(())
+}
+
+/// `path` is empty or begins with the slash that ended the trust domain.
+fn check_path(path: &str) -> Result<(), SpiffeError> {
+    for segment in path.split('/').skip(1) {
+        if matches!(segment, "" | "." | "..") {
+            return Err(SpiffeError::PathSegment);
+        }
+        if !segment.bytes().all(|b| b.is_ascii_alphanumeric() || b".-_".contains(&b)) {
+            return Err(SpiffeError::PathCharacters);
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn valid_ids_print_what_was_parsed() {
+        let longest_path = format!("/{}", "a".repeat(MAX_SPIFFE_ID_BYTES - "spiffe://td/".len()));
+        for (trust_domain, path) in
+            [("example.org", "/ns/web/sa/api"), ("td_1-x", "/A.b_c-9"), ("td", ""), ("td", longest_path.as_str())]
+        {
+            let text = format!("spiffe://{trust_domain}{path}");
+            let id = SpiffeId::parse(&text).unwrap();
+            assert_eq!((id.as_str(), id.trust_domain().as_str(), id.path()), (text.as_str(), trust_domain, path));
+            assert_eq!(SpiffeId::new(&id.trust_domain(), path).unwrap(), id);
+        }
+        assert_eq!(TrustDomain::parse("example.org").unwrap().id(), "spiffe://example.org");
+    }
+
+    #[test]
+    fn each_clause_refuses_what_breaks_it() {
+        use SpiffeError::*;
+        let long = format!("spiffe://td/{}", "a".repeat(MAX_SPIFFE_ID_BYTES - "spiffe://td/".len() + 1));
+        let long_domain = format!("spiffe://{}/a", "d".repeat(MAX_TRUST_DOMAIN_BYTES + 1));
+        for (text, error) in [
+            ("https://td/a", Scheme),
+            ("SPIFFE://td/a", Scheme),
+            ("", Scheme),
+            (&long, TooLong { bytes: MAX_SPIFFE_ID_BYTES + 1 }),
+            (&long_domain, TrustDomain),
+            ("spiffe:///a", TrustDomain),
+            ("spiffe://Td/a", TrustDomain),
+            ("spiffe://td:443/a", TrustDomain),
+            ("spiffe://user@td/a", TrustDomain),
+            ("spiffe://td?q", TrustDomain),
+            ("spiffe://t\u{f6}d/a", TrustDomain),
+            ("spiffe://td/a%20b", PathCharacters),
+            ("spiffe://td/a?q", PathCharacters),
+            ("spiffe://td/a#f", PathCharacters),
+            ("spiffe://td/a\0", PathCharacters),
+            ("spiffe://td/", PathSegment),
+            ("spiffe://td/a/", PathSegment),
+            ("spiffe://td//a", PathSegment),
+            ("spiffe://td/./a", PathSegment),
+            ("spiffe://td/a/..", PathSegment),
+        ] {
+            assert_eq!(SpiffeId::parse(text), Err(error), "{text}");
+        }
+        assert!(super::TrustDomain::parse(&"d".repeat(MAX_TRUST_DOMAIN_BYTES)).is_ok());
+        // Without its slash a path would lengthen the trust domain.
+        assert_eq!(SpiffeId::new(&super::TrustDomain::parse("td").unwrap(), "x"), Err(PathSegment));
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_judged_without_panic(text in "\\PC*") {
+            if let Ok(id) = SpiffeId::parse(&text) {
+                prop_assert_eq!(id.as_str(), text);
+            }
+        }
+
+        #[test]
+        fn a_path_never_leaks_into_the_trust_domain(path in "(/[a-z./?#@:%]{0,5}){0,3}") {
+            if let Ok(id) = SpiffeId::new(&TrustDomain::parse("td").unwrap(), &path) {
+                prop_assert_eq!(id.trust_domain().as_str(), "td");
+            }
+        }
     }
 }

@@ -5,12 +5,18 @@
 
 pub mod chain;
 pub mod csr;
+mod der;
 pub mod key;
 pub mod name;
+mod pem;
+mod read;
 pub mod usage;
+pub mod verify;
 
-pub use chain::{Bundle, Chain};
-pub use csr::Csr;
-pub use key::{KeyAlgorithm, PrivateKey, PublicKey};
-pub use name::{DnsName, Names};
+pub use chain::{Bundle, Chain, ChainError};
+pub use csr::{Csr, CsrError};
+pub use key::{KeyAlgorithm, KeyError, PrivateKey, PublicKey};
+pub use name::{DnsName, NameError, Names};
+pub use read::FieldError;
 pub use usage::{Usage, Usages};
+pub use verify::{Expected, VerifyError};

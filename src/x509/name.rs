@@ -2,6 +2,8 @@
 
 use std::{fmt, net::IpAddr};
 
+use crate::spiffe::SpiffeId;
+
 /// Names of all SAN kinds together in one request.
 pub const MAX_NAMES: usize = 64;
 /// Characters in a common name or an organization (RFC 5280 appendix A.1, ub-common-name and ub-organization-name).
@@ -62,7 +64,15 @@ impl Names {
         for organization in &self.organizations {
             check_subject("organizations", organization)?;
         }
-        self.uris.iter().try_for_each(|uri| check_uri(uri))
+        self.uris.iter().try_for_each(|uri| check_uri(uri))?;
+        let svid = self.uris.iter().find(|uri| uri.starts_with("spiffe://"));
+        match svid {
+            Some(uri) if self.uris.len() > 1 => {
+                let why = "a certificate with a SPIFFE ID has no other URI (X509-SVID section 2)";
+                Err(NameError::Uri { uri: printable(uri), why })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whether both carry the same subject and the same sets of alternative names, whatever their order.
@@ -215,7 +225,10 @@ fn check_uri(uri: &str) -> Result<(), NameError> {
         return Err(bad("its authority must not be empty"));
     }
     if scheme == "spiffe" {
-        crate::spiffe::SpiffeId::parse(uri).map_err(|_| bad("it is no SPIFFE ID (SPIFFE-ID section 2)"))?;
+        let id = SpiffeId::parse(uri).map_err(|_| bad("it is no SPIFFE ID (SPIFFE-ID section 2)"))?;
+        if id.path().is_empty() {
+            return Err(bad("a workload's SPIFFE ID needs a path (X509-SVID section 3.1)"));
+        }
     }
     Ok(())
 }

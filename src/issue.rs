@@ -1,0 +1,189 @@
+//! One attempt: key, signature, check, [`Credential`]. A plain function that knows no time but the clock's.
+//!
+//! There is no other way to a `Credential`, and none past the check of the signer's answer against the grant. Retrying,
+//! renewing and sharing are the hub's.
+
+use std::{
+    fmt,
+    sync::{Arc, OnceLock},
+    time::SystemTime,
+};
+
+use bytes::Bytes;
+use tokio::{sync::Semaphore, task::spawn_blocking};
+use tracing::{Instrument as _, debug_span};
+use zeroize::Zeroizing;
+
+use crate::{
+    attest::Workload,
+    clock::Clock,
+    policy::Grant,
+    signer::{Key, Sign, SignError, SigningRequest, Stage},
+    x509::{Bundle, Chain, Csr, Expected, KeyAlgorithm, KeyError, PrivateKey, VerifyError},
+};
+
+/// RSA keys made at the same time, each taking a core for up to seconds. More requests wait their turn.
+pub const MAX_RSA_KEYS_AT_ONCE: usize = 2;
+
+static RSA_TURNS: Semaphore = Semaphore::const_new(MAX_RSA_KEYS_AT_ONCE);
+
+/// Issues what was granted: with a key made here, or for the key that `held` proves its sender to hold.
+pub async fn issue(
+    signer: &dyn Sign,
+    clock: &Clock,
+    workload: &Workload,
+    grant: Grant,
+    held: Option<Arc<Csr>>,
+    progress: &(dyn Fn(Stage) + Send + Sync),
+) -> Result<Credential, IssueError> {
+    let key = key(grant.key(), held).instrument(debug_span!("key")).await?;
+    let request = SigningRequest { workload, grant: &grant, key: &key, progress };
+    let chain = signer.sign(request).instrument(debug_span!("sign", signer = signer.name())).await?;
+    let bundle = signer.bundle().borrow().clone();
+    debug_span!("verify").in_scope(|| {
+        let expected = Expected {
+            names: grant.names(),
+            usages: grant.usages(),
+            public_key: key.public_key(),
+            lifetime: grant.lifetime(),
+            now: clock.now(),
+        };
+        chain.verify(&bundle, &expected)
+    })?;
+    progress(Stage::Issued);
+    let private_key = match key {
+        Key::Made(key) => Some(key),
+        Key::Held(_) => None,
+    };
+    Ok(Credential { grant, chain, private_key, bundle, chain_pem: OnceLock::new(), private_key_pem: OnceLock::new() })
+}
+
+/// A verified certificate, its key if the agent made it, and the roots that verified it.
+pub struct Credential {
+    grant: Grant,
+    chain: Chain,
+    private_key: Option<PrivateKey>,
+    bundle: Arc<Bundle>,
+    chain_pem: OnceLock<Bytes>,
+    private_key_pem: OnceLock<Bytes>,
+}
+
+impl Credential {
+    /// What was granted.
+    pub fn grant(&self) -> &Grant {
+        &self.grant
+    }
+
+    /// Leaf and intermediates.
+    pub fn chain(&self) -> &Chain {
+        &self.chain
+    }
+
+    /// The private key; `None` when the workload holds it.
+    pub fn private_key(&self) -> Option<&PrivateKey> {
+        self.private_key.as_ref()
+    }
+
+    /// The signer's roots at the time of issuing.
+    pub fn bundle(&self) -> &Arc<Bundle> {
+        &self.bundle
+    }
+
+    /// Start of validity.
+    pub fn not_before(&self) -> SystemTime {
+        self.chain.not_before()
+    }
+
+    /// End of validity.
+    pub fn not_after(&self) -> SystemTime {
+        self.chain.not_after()
+    }
+
+    /// The chain as PEM, written once for all subscribers.
+    pub fn chain_pem(&self) -> Bytes {
+        self.chain_pem.get_or_init(|| self.chain.to_pem().into()).clone()
+    }
+
+    /// The private key as PEM, written once, wiped when the credential and the last clone are dropped.
+    pub fn private_key_pem(&self) -> Option<Bytes> {
+        let key = self.private_key.as_ref()?;
+        let pem = || Bytes::from_owner(Zeroizing::new(std::mem::take(&mut *key.to_pem()).into_bytes()));
+        Some(self.private_key_pem.get_or_init(pem).clone())
+    }
+}
+
+/// Shows no key.
+impl fmt::Debug for Credential {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let serial = self.chain.serial_hex();
+        f.debug_struct("Credential").field("grant", &self.grant).field("serial", &serial).finish_non_exhaustive()
+    }
+}
+
+/// Why an attempt failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum IssueError {
+    /// The key could not be made.
+    #[error("cannot make a key")]
+    Key(#[from] KeyError),
+    /// The process is stopping, or a key-making thread died.
+    #[error("making the key was interrupted")]
+    Interrupted,
+    /// The workload's own key is of another kind than granted.
+    #[error("the request holds a key of kind {held}, but {granted} was granted")]
+    KeyAlgorithm {
+        /// What was granted.
+        granted: KeyAlgorithm,
+        /// What the request holds.
+        held: KeyAlgorithm,
+    },
+    /// The signer refused or failed.
+    #[error("the signer did not sign")]
+    Sign(#[from] SignError),
+    /// The signer's answer is not what was granted.
+    #[error("the signer's certificate is refused")]
+    Verify(#[from] VerifyError),
+}
+
+impl IssueError {
+    /// Stable reason.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Key(_) => "KEY_NOT_MADE",
+            Self::Interrupted => "INTERRUPTED",
+            Self::KeyAlgorithm { .. } => "KEY_ALGORITHM_NOT_GRANTED",
+            Self::Sign(error) => error.reason(),
+            Self::Verify(_) => "CERTIFICATE_NOT_AS_GRANTED",
+        }
+    }
+
+    /// Whether the same attempt may succeed later.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Key(_) | Self::Interrupted => true,
+            Self::KeyAlgorithm { .. } => false,
+            Self::Sign(error) => error.is_transient(),
+            Self::Verify(error) => error.is_transient(),
+        }
+    }
+}
+
+async fn key(algorithm: KeyAlgorithm, held: Option<Arc<Csr>>) -> Result<Key, IssueError> {
+    if let Some(csr) = held {
+        let held = csr.public_key().algorithm();
+        if held != algorithm {
+            return Err(IssueError::KeyAlgorithm { granted: algorithm, held });
+        }
+        return Ok(Key::Held(csr));
+    }
+    if !algorithm.is_rsa() {
+        return Ok(Key::Made(PrivateKey::generate(algorithm)?));
+    }
+    let turn = RSA_TURNS.acquire().await.expect("the semaphore is never closed");
+    // The turn goes into the thread: a caller who hangs up does not stop the work, so it must not free the turn either.
+    let work = spawn_blocking(move || {
+        let _turn = turn;
+        PrivateKey::generate(algorithm)
+    });
+    Ok(Key::Made(work.await.map_err(|_| IssueError::Interrupted)??))
+}

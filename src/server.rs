@@ -1,0 +1,3 @@
+//! Protocol in, protocol out: the daemon's sockets.
+
+pub mod authority;

@@ -27,18 +27,20 @@
 //! | `main` | everything |
 //! | `test_util` | everything |
 #![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a test may spawn, and reads what its own fakes wrote"))]
+pub mod agent;
 pub mod attest;
 pub mod backoff;
 pub mod cli;
 pub mod clock;
+pub mod config;
+pub mod hub;
+pub mod issue;
 pub mod metrics;
 pub mod policy;
 pub mod proto;
 pub mod server;
-pub mod issue;
-pub mod policy;
-pub mod proto;
 pub mod signer;
 pub mod spiffe;
 pub mod tasks;
+pub mod telemetry;
 pub mod x509;

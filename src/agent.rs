@@ -1,0 +1,218 @@
+//! The node daemon, put together: every part is bound before anything is served, and stops in one place.
+//!
+//! [`Parts`] is what differs between the agent, the demo and a test. [`build`] opens sockets and reports what it bound;
+//! nothing answers until [`Bound::run`]. The first long-lived task to end, for whatever reason, stops the process.
+
+use std::{
+    fs, io,
+    net::SocketAddr,
+    os::unix::fs::{FileTypeExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+    pin::Pin,
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{
+    net::{TcpListener, UnixListener, UnixStream},
+    sync::watch,
+};
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+use crate::{
+    attest::{self, Attestor},
+    clock::Clock,
+    hub::{self, Hub, Rate},
+    metrics::Metrics,
+    policy::PolicySet,
+    proto::v1::certificate_service_server::SERVICE_NAME,
+    server::{
+        self, Engine, Server,
+        admin::{Admin, Readiness},
+    },
+    signer::Sign,
+    tasks::{TaskError, Tasks},
+};
+
+/// Anyone may connect: who they are comes from the kernel, what they get from policy.
+const SOCKET_MODE: u32 = 0o666;
+/// How long the parts have to stop: the hub lands its flights and the server closes its connections in less.
+const STOP_GRACE: Duration = Duration::from_secs(8);
+
+/// A long-lived part that runs beside the hub and the server until the stop.
+pub type Background = (&'static str, Pin<Box<dyn Future<Output = ()> + Send>>);
+
+/// What an agent is made of.
+pub struct Parts {
+    /// Path of the socket; its folder must exist.
+    pub socket: PathBuf,
+    /// Listener for metrics and readiness.
+    pub admin: Option<SocketAddr>,
+    /// Wall clock.
+    pub clock: Clock,
+    /// Policies in force.
+    pub policies: watch::Receiver<Arc<PolicySet>>,
+    /// Signers, the default one first.
+    pub signers: Vec<Arc<dyn Sign>>,
+    /// Issuances of all signers together.
+    pub signer_rate: Rate,
+    /// Issuances of one workload's user.
+    pub principal_rate: Rate,
+    /// Bounds on connections and streams.
+    pub limits: server::Limits,
+    /// Seed of the renewal jitter.
+    pub seed: u64,
+    /// Counters and gauges.
+    pub metrics: Metrics,
+    /// What operators ask before they send work here.
+    pub readiness: Readiness,
+    /// Parts that keep policies and signers current.
+    pub background: Vec<Background>,
+    /// Stops everything.
+    pub stop: CancellationToken,
+}
+
+/// An agent whose sockets are open.
+pub struct Bound {
+    /// Path of the socket.
+    pub socket: PathBuf,
+    /// Address of the operators' listener.
+    pub admin: Option<SocketAddr>,
+    tasks: Tasks,
+}
+
+/// Why an agent cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The socket's path is something else than a socket.
+    #[error("{} is there and is no socket; remove it or choose another path", .0.display())]
+    NotASocket(PathBuf),
+    /// Somebody answers on the socket.
+    #[error("{} is in use by another process", .0.display())]
+    InUse(PathBuf),
+    /// The socket cannot be made.
+    #[error("cannot listen on {}", path.display())]
+    Socket {
+        /// Its path.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The operators' listener cannot be made.
+    #[error("cannot listen on {address} for metrics and readiness")]
+    Admin {
+        /// Its address.
+        address: SocketAddr,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// Opens every socket and starts every part; call from within the runtime.
+pub async fn build(parts: Parts) -> Result<Bound, BuildError> {
+    let listener = listen(&parts.socket).await?;
+    let admin = match parts.admin {
+        Some(address) => {
+            let listening = TcpListener::bind(address).await;
+            Some(listening.map_err(|source| BuildError::Admin { address, source })?)
+        }
+        None => None,
+    };
+    let admin_address = admin.as_ref().and_then(|listener| listener.local_addr().ok());
+
+    let stop = parts.stop;
+    let attestor = Arc::new(Attestor::new());
+    let default_signer = parts.signers.first().map(|signer| signer.name().to_owned()).unwrap_or_default();
+    let hub = Hub::new(hub::Parts {
+        clock: parts.clock,
+        policies: parts.policies.clone(),
+        signers: parts.signers,
+        signer_rate: parts.signer_rate,
+        principal_rate: parts.principal_rate,
+        seed: parts.seed,
+        metrics: parts.metrics.clone(),
+    });
+    let (health, health_service) = tonic_health::server::health_reporter();
+    let engine = Engine {
+        hub: hub.clone(),
+        attestor: attestor.clone(),
+        default_signer,
+        operator_uid: rustix::process::geteuid().as_raw(),
+        limits: parts.limits,
+        metrics: parts.metrics.clone(),
+        stop: stop.clone(),
+    };
+    let server = Server::new(engine, Routes::new(health_service));
+
+    let mut tasks = Tasks::new(stop.clone());
+    tasks.spawn("hub", hub.run(stop.clone()));
+    tasks.spawn("server", server.serve(listener));
+    tasks.spawn("executables", follow_policies(attestor, parts.policies, stop.clone()));
+    tasks.spawn("health", report_health(health, parts.readiness.clone(), stop.clone()));
+    if let Some(listener) = admin {
+        tasks.spawn("admin", Admin { metrics: parts.metrics, readiness: parts.readiness }.serve(listener, stop.clone()));
+    }
+    for (name, part) in parts.background {
+        tasks.spawn(name, part);
+    }
+    Ok(Bound { socket: parts.socket, admin: admin_address, tasks })
+}
+
+impl Bound {
+    /// Runs until the stop or the first part that ends, then removes the socket.
+    pub async fn run(self) -> Result<(), TaskError> {
+        let ended = self.tasks.run(STOP_GRACE).await;
+        // Another agent may have taken the path over by now; then nothing is lost but its socket's name.
+        let _ = fs::remove_file(&self.socket);
+        ended
+    }
+}
+
+/// Hashes executables only while a policy asks for it.
+async fn follow_policies(
+    attestor: Arc<Attestor>,
+    mut policies: watch::Receiver<Arc<PolicySet>>,
+    stop: CancellationToken,
+) {
+    loop {
+        attestor.set_hash_executables(policies.borrow_and_update().needs_executable_sha256());
+        tokio::select! {
+            () = stop.cancelled() => return,
+            changed = policies.changed() => if changed.is_err() {
+                return stop.cancelled().await;
+            },
+        }
+    }
+}
+
+/// grpc.health.v1 says what `/readyz` says: whether certificates can be issued.
+async fn report_health(health: HealthReporter, readiness: Readiness, stop: CancellationToken) {
+    loop {
+        let ready = readiness.check().is_ok();
+        let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
+        health.set_service_status("", status).await;
+        health.set_service_status(SERVICE_NAME, status).await;
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = readiness.becomes(!ready) => {}
+        }
+    }
+}
+
+/// A listener at `path`, in place of a socket that nobody answers on any more.
+async fn listen(path: &Path) -> Result<UnixListener, BuildError> {
+    let failed = |source| BuildError::Socket { path: path.to_owned(), source };
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if !metadata.file_type().is_socket() => return Err(BuildError::NotASocket(path.to_owned())),
+        Ok(_) if UnixStream::connect(path).await.is_ok() => return Err(BuildError::InUse(path.to_owned())),
+        Ok(_) => fs::remove_file(path).map_err(failed)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(failed(error)),
+    }
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(SOCKET_MODE)).map_err(failed)?;
+    attest::prepare_listener(&listener).map_err(failed)?;
+    Ok(listener)
+}

@@ -1,0 +1,115 @@
+//! `csrd agent`: the node daemon.
+
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc};
+
+use anyhow::Context as _;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use super::{Exit, UsageError};
+use crate::{
+    agent::{self, Parts},
+    clock::Clock,
+    config::{Config, Overrides, RateFile},
+    hub::Rate,
+    metrics::Metrics,
+    policy::watch::PolicyFiles,
+    server::{Limits, admin::Readiness},
+    signer::{Sign, embedded},
+    telemetry,
+};
+
+/// Serve the socket: attest callers, decide by policy, issue, renew, push.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Configuration file (YAML); flags go before it
+    #[arg(long, value_name = "FILE", env = "CSRD_CONFIG")]
+    config: Option<PathBuf>,
+    /// Socket to listen on [default: unix:///run/csrd/csrd.sock]
+    #[arg(long, value_name = "PATH")]
+    socket: Option<String>,
+    /// Folder for the embedded CA [default: /var/lib/csrd]
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Policy file, or folder of policy files; may be repeated [default: /etc/csrd/policies]
+    #[arg(long = "policy", value_name = "PATH")]
+    policies: Vec<PathBuf>,
+    /// Address for /metrics, /livez and /readyz [default: none]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    admin: Option<SocketAddr>,
+}
+
+/// Runs the agent until SIGTERM or SIGINT; a second one exits at once.
+pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
+    super::forbid_tracing();
+    let overrides =
+        Overrides { socket: args.socket, state_dir: args.state_dir, policies: args.policies, admin: args.admin };
+    let config = Config::load(args.config.as_deref(), overrides).map_err(usage)?;
+    let telemetry = telemetry::init(&config.log)?;
+    let stop = CancellationToken::new();
+    let parts = parts(config, stop.clone())?;
+    let bound = agent::build(parts).await?;
+    tracing::info!(socket = %bound.socket.display(), admin = bound.admin.map(tracing::field::display), "ready");
+    sd_notify::notify(&[sd_notify::NotifyState::Ready]).context("telling systemd that the agent is ready")?;
+    let running = bound.run();
+    tokio::select! {
+        ended = running => {
+            telemetry.shutdown();
+            ended?;
+            Ok(ExitCode::SUCCESS)
+        }
+        () = second_signal(stop) => Ok(Exit::Failure.into()),
+    }
+}
+
+/// What a configured agent is made of.
+fn parts(config: Config, stop: CancellationToken) -> anyhow::Result<Parts> {
+    let (clock, metrics, readiness) = (Clock::system(), Metrics::new(), Readiness::new());
+    let policies = PolicyFiles::load(config.policies, metrics.clone()).map_err(usage)?;
+    let signer = Arc::new(embedded::Embedded::open(embedded_config(&config), &clock, metrics.signer("embedded"))?);
+    readiness.condition("signer").holds();
+    let following = policies.subscribe();
+    Ok(Parts {
+        socket: config.socket,
+        admin: config.admin,
+        policies: following,
+        signers: vec![signer.clone() as Arc<dyn Sign>],
+        signer_rate: rate(config.limits.all),
+        principal_rate: rate(config.limits.per_workload),
+        limits: Limits::default(),
+        seed: rand::random(),
+        metrics,
+        readiness,
+        background: vec![
+            ("policies", Box::pin(policies.run(stop.clone()))),
+            ("embedded signer", Box::pin(signer.run(clock.clone(), stop.clone()))),
+        ],
+        clock,
+        stop,
+    })
+}
+
+fn rate(rate: RateFile) -> Rate {
+    Rate { per_second: rate.per_second, burst: rate.burst }
+}
+
+fn usage(error: impl std::fmt::Display) -> UsageError {
+    UsageError(error.to_string())
+}
+
+/// The first signal stops, the second ends this.
+async fn second_signal(stop: CancellationToken) {
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        return std::future::pending().await;
+    };
+    for first in [true, false] {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+        if first {
+            tracing::info!("stopping; a second signal exits at once");
+            stop.cancel();
+        }
+    }
+}

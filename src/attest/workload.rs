@@ -59,16 +59,23 @@ impl Workload {
 }
 
 /// One line for people: `uid 1000 (web) /usr/bin/web`.
-impl fmt::Display for Workload {
+impl fmt::Display for UnixFacts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "uid {}", self.unix.uid)?;
-        if let Some(user) = &self.unix.user {
+        write!(f, "uid {}", self.uid)?;
+        if let Some(user) = &self.user {
             write!(f, " ({user})")?;
         }
-        match &self.unix.executable {
+        match &self.executable {
             Some(path) => write!(f, " {path}"),
             None => Ok(()),
         }
+    }
+}
+
+/// As its facts.
+impl fmt::Display for Workload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.unix.fmt(f)
     }
 }
 

@@ -1,0 +1,433 @@
+//! Rules: CEL expressions over `workload` and `request`, compiled and proven short at load.
+//!
+//! Invariant: a [`Rule`] that exists needs at most [`MAX_COST`] steps for any input within the bounds of an ask. CEL has
+//! no loops but comprehensions over lists, so an upper bound follows from the expression alone: every part of it gets a
+//! size and a cost, a comprehension multiplies the cost of its body by the most elements its range can have.
+//! What the estimate does not know (functions, fields, variables) is refused, so nothing runs that was not counted.
+//!
+//! Left out: `matches` (`allow` has patterns, and a regular expression's cost is not visible in its size), timestamps and
+//! durations (`request.lifetimeSeconds` is a number).
+
+use std::sync::{Arc, LazyLock};
+
+use cel::{
+    Context, Env, IdedExpr, Value,
+    common::ast::{CallExpr, ComprehensionExpr, EntryExpr, Expr, LiteralValue, SelectExpr},
+    parser::Parser,
+};
+
+use super::{Terms, clipped, shown};
+use crate::{
+    attest::UnixFacts,
+    x509::name::{MAX_DNS_NAME_BYTES, MAX_NAMES, MAX_ORGANIZATIONS, MAX_SUBJECT_CHARS, MAX_URI_BYTES},
+};
+
+/// Bytes in one expression.
+pub const MAX_EXPRESSION_BYTES: usize = 1024;
+/// Calls, selections and literals inside each other in one expression, after macros are expanded.
+pub const MAX_DEPTH: usize = 48;
+/// Steps that one expression may need at most: a visited node counts [`NODE_COST`], a byte looked at or copied counts 1.
+pub const MAX_COST: u64 = 5_000_000;
+/// Supplementary groups of a caller that rules can see; a caller with more is refused by every rule.
+pub const MAX_RULE_GROUPS: usize = 1024;
+
+const NODE_COST: u64 = 16;
+/// Brackets inside each other, counted before parsing because the parser descends once for each.
+const MAX_BRACKETS: usize = 24;
+/// Bytes in any one text among the facts (PATH_MAX, limits.h).
+const MAX_FACT_BYTES: usize = 4096;
+/// Bytes in the text of an IP address.
+const MAX_IP_BYTES: usize = 45;
+/// Characters of an evaluation error that are kept.
+const MAX_ERROR_CHARS: usize = 200;
+
+/// A compiled rule.
+#[derive(Debug)]
+pub(super) struct Rule {
+    expression: IdedExpr,
+    text: String,
+    message: String,
+}
+
+/// The variables that rules see, made once for a decision.
+pub(super) struct Variables(Context<'static, 'static>);
+
+/// The standard functions, without macros (they are expanded by the parser).
+static ENVIRONMENT: LazyLock<Arc<Env>> = LazyLock::new(|| Arc::new(Env::stdlib()));
+
+impl Rule {
+    /// Compiles `expression`; the error is a sentence for the policy's author.
+    pub(super) fn compile(expression: &str, message: &str) -> Result<Self, String> {
+        if expression.len() > MAX_EXPRESSION_BYTES {
+            return Err(format!("it has {} bytes, at most {MAX_EXPRESSION_BYTES} are allowed", expression.len()));
+        }
+        check_brackets(expression)?;
+        let parsed = Parser::default().max_recursion_depth(MAX_DEPTH as u16).parse(expression);
+        let expression_tree = parsed.map_err(|errors| {
+            let first = errors.errors.first();
+            let (message, at) = first.map_or(("no expression", 0), |error| (error.msg.as_str(), error.pos.1));
+            format!("it is no CEL expression: at character {at}: {}", clipped(message.to_owned(), MAX_ERROR_CHARS))
+        })?;
+        let cost = Estimate::default().visit(&expression_tree, 0)?.cost;
+        if cost > MAX_COST {
+            return Err(format!(
+                "it could take {cost} steps on the largest request, at most {MAX_COST} are allowed; use fewer or less \
+                 deeply nested comprehensions"
+            ));
+        }
+        Ok(Self { expression: expression_tree, text: expression.to_owned(), message: message.to_owned() })
+    }
+
+    /// What the policy's author says when it does not hold.
+    pub(super) fn message(&self) -> &str {
+        &self.message
+    }
+
+    pub(super) fn mentions(&self, name: &str) -> bool {
+        self.text.contains(name)
+    }
+
+    /// Whether it holds; anything but `true` is a refusal in words.
+    pub(super) fn check(&self, variables: &Variables) -> Result<(), String> {
+        match Value::resolve(&self.expression, &variables.0) {
+            Ok(Value::Bool(true)) => Ok(()),
+            Ok(Value::Bool(false)) => Err(format!("rule not met: {}", self.message)),
+            Ok(other) => Err(format!("rule {} is no yes or no but a {}", shown(&self.text), other.type_of())),
+            Err(error) => {
+                let error = clipped(error.to_string(), MAX_ERROR_CHARS);
+                Err(format!("rule {} cannot be evaluated: {error}", shown(&self.text)))
+            }
+        }
+    }
+}
+
+impl Variables {
+    /// The facts and the request, with the policy's defaults filled in; the error is a refusal in words.
+    pub(super) fn new(facts: &UnixFacts, terms: &Terms) -> Result<Self, String> {
+        let mut context = Context::with_env(Arc::clone(&ENVIRONMENT));
+        context.add_variable_from_value("workload", map([("unix", unix(facts)?)]));
+        context.add_variable_from_value("request", request(terms));
+        Ok(Self(context))
+    }
+}
+
+fn unix(facts: &UnixFacts) -> Result<Value, String> {
+    let groups = &facts.supplementary_gids;
+    if groups.len() > MAX_RULE_GROUPS {
+        return Err(format!(
+            "rules take at most {MAX_RULE_GROUPS} supplementary groups, the caller has {}",
+            groups.len()
+        ));
+    }
+    let texts = [
+        ("user", &facts.user),
+        ("group", &facts.group),
+        ("executable", &facts.executable),
+        ("executableSha256", &facts.executable_sha256),
+        ("systemdUnit", &facts.systemd_unit),
+        ("cgroup", &facts.cgroup),
+    ];
+    if let Some((name, _)) =
+        texts.iter().find(|(_, text)| text.as_ref().is_some_and(|text| text.len() > MAX_FACT_BYTES))
+    {
+        return Err(format!("rules take at most {MAX_FACT_BYTES} bytes in unix.{name}"));
+    }
+    let gids = groups.iter().map(|gid| Value::Int(i64::from(*gid))).collect::<Vec<_>>();
+    let numbers = [
+        ("uid", Value::Int(i64::from(facts.uid))),
+        ("gid", Value::Int(i64::from(facts.gid))),
+        ("supplementaryGids", Value::List(gids.into())),
+    ];
+    // An absent fact has no key: has(workload.unix.user) tells, and using it regardless is an error, so a refusal.
+    let texts = texts.into_iter().filter_map(|(name, text)| Some((name, Value::from(text.clone()?))));
+    Ok(map(numbers.into_iter().chain(texts)))
+}
+
+fn request(terms: &Terms) -> Value {
+    let list = |texts: &mut dyn Iterator<Item = String>| Value::List(texts.map(Value::from).collect::<Vec<_>>().into());
+    let names = &terms.names;
+    map([
+        ("commonName", Value::from(names.common_name.clone().unwrap_or_default())),
+        ("organizations", list(&mut names.organizations.iter().cloned())),
+        ("dnsNames", list(&mut names.dns.iter().map(ToString::to_string))),
+        ("ipAddresses", list(&mut names.ips.iter().map(ToString::to_string))),
+        ("uris", list(&mut names.uris.iter().cloned())),
+        ("usages", list(&mut terms.usages.iter().map(|usage| usage.name().to_owned()))),
+        ("key", Value::from(terms.key.name())),
+        ("lifetimeSeconds", Value::Int(i64::try_from(terms.lifetime.as_secs()).unwrap_or(i64::MAX))),
+        ("signer", Value::from(terms.signer.clone())),
+    ])
+}
+
+fn map(entries: impl IntoIterator<Item = (&'static str, Value)>) -> Value {
+    let entries = entries.into_iter().map(|(name, value)| (name.to_owned(), value));
+    Value::from(entries.collect::<std::collections::HashMap<_, _>>())
+}
+
+/// An upper bound of what a value can be.
+#[derive(Clone, Copy, Debug)]
+struct Size {
+    /// All of it.
+    bytes: u64,
+    /// Elements, when it is a list or a map.
+    count: u64,
+    /// The largest element.
+    item: u64,
+}
+
+impl Size {
+    const SCALAR: Self = Self::text(0);
+
+    const fn text(bytes: usize) -> Self {
+        Self::list(1, bytes)
+    }
+
+    const fn list(count: usize, item: usize) -> Self {
+        let item = item as u64 + 16;
+        Self { bytes: item.saturating_mul(count as u64), count: count as u64, item }
+    }
+
+    /// Any element; its own elements are not known, so each of its bytes may be one.
+    fn element(self) -> Self {
+        Self { bytes: self.item, count: self.item, item: self.item }
+    }
+
+    fn plus(self, other: Self) -> Self {
+        Self {
+            bytes: self.bytes.saturating_add(other.bytes),
+            count: self.count.saturating_add(other.count),
+            item: self.item.max(other.item),
+        }
+    }
+
+    fn max(self, other: Self) -> Self {
+        Self { bytes: self.bytes.max(other.bytes), count: self.count.max(other.count), item: self.item.max(other.item) }
+    }
+
+    fn times(self, n: u64) -> Self {
+        Self { bytes: self.bytes.saturating_mul(n), count: self.count.saturating_mul(n), item: self.item }
+    }
+
+    /// As one element of a list or map.
+    fn wrapped(self) -> Self {
+        Self { bytes: self.bytes.saturating_add(16), count: 1, item: self.bytes }
+    }
+}
+
+/// An upper bound of an expression's value and of the steps to it.
+#[derive(Clone, Copy)]
+struct Bound {
+    size: Size,
+    cost: u64,
+}
+
+const UNIX_FIELDS: [(&str, Size); 9] = [
+    ("uid", Size::SCALAR),
+    ("gid", Size::SCALAR),
+    ("supplementaryGids", Size::list(MAX_RULE_GROUPS, 8)),
+    ("user", Size::text(MAX_FACT_BYTES)),
+    ("group", Size::text(MAX_FACT_BYTES)),
+    ("executable", Size::text(MAX_FACT_BYTES)),
+    ("executableSha256", Size::text(MAX_FACT_BYTES)),
+    ("systemdUnit", Size::text(MAX_FACT_BYTES)),
+    ("cgroup", Size::text(MAX_FACT_BYTES)),
+];
+
+const REQUEST_FIELDS: [(&str, Size); 9] = [
+    ("commonName", Size::text(4 * MAX_SUBJECT_CHARS)),
+    ("organizations", Size::list(MAX_ORGANIZATIONS, 4 * MAX_SUBJECT_CHARS)),
+    ("dnsNames", Size::list(MAX_NAMES, MAX_DNS_NAME_BYTES)),
+    ("ipAddresses", Size::list(MAX_NAMES, MAX_IP_BYTES)),
+    ("uris", Size::list(MAX_NAMES, MAX_URI_BYTES)),
+    ("usages", Size::list(4, 32)),
+    ("key", Size::text(32)),
+    ("lifetimeSeconds", Size::SCALAR),
+    ("signer", Size::text(MAX_FACT_BYTES)),
+];
+
+/// What operators and functions cost and return; all of them look at each byte of their arguments at most once.
+enum Returns {
+    Scalar,
+    Sum,
+    Either,
+    Element,
+    /// As `Scalar`, without looking at the bytes.
+    Count,
+}
+
+fn returns(function: &str) -> Option<Returns> {
+    Some(match function {
+        "_&&_" | "_||_" | "!_" | "@not_strictly_false" | "-_" | "_-_" | "_*_" | "_/_" | "_%_" => Returns::Scalar,
+        "_==_" | "_!=_" | "_<_" | "_<=_" | "_>_" | "_>=_" | "@in" => Returns::Scalar,
+        "contains" | "startsWith" | "endsWith" | "int" => Returns::Scalar,
+        "_+_" | "string" => Returns::Sum,
+        "_?_:_" => Returns::Either,
+        "_[_]" => Returns::Element,
+        "size" => Returns::Count,
+        _ => return None,
+    })
+}
+
+/// Walks an expression with the comprehension variables in scope, innermost last.
+#[derive(Default)]
+struct Estimate {
+    scope: Vec<(String, Size)>,
+}
+
+impl Estimate {
+    fn visit(&mut self, expression: &IdedExpr, depth: usize) -> Result<Bound, String> {
+        if depth > MAX_DEPTH {
+            return Err(format!("it is nested deeper than {MAX_DEPTH}"));
+        }
+        let depth = depth + 1;
+        let leaf = |size| Ok(Bound { size, cost: NODE_COST });
+        match &expression.expr {
+            Expr::Literal(LiteralValue::String(text)) => leaf(Size::text(text.inner().len())),
+            Expr::Literal(LiteralValue::Bytes(bytes)) => leaf(Size::text(bytes.inner().len())),
+            Expr::Literal(_) => leaf(Size::SCALAR),
+            Expr::Ident(name) => leaf(self.variable(name)?),
+            Expr::Select(select) => self.select(select, depth),
+            Expr::Call(call) => self.call(call, depth),
+            Expr::Comprehension(comprehension) => self.comprehension(comprehension, depth),
+            Expr::List(list) => self.literal(list.elements.iter().map(|element| (None, element)), depth),
+            Expr::Map(map) => {
+                let entries = map.entries.iter().map(|entry| match &entry.expr {
+                    EntryExpr::MapEntry(entry) => Ok((Some(&entry.key), &entry.value)),
+                    EntryExpr::StructField(_) => Err("a map literal holds key: value".to_owned()),
+                });
+                let entries = entries.collect::<Result<Vec<_>, _>>()?;
+                self.literal(entries.into_iter(), depth)
+            }
+            Expr::Struct(message) => Err(format!("there are no message types such as {}", shown(&message.type_name))),
+            Expr::Unspecified => Err("it is incomplete".to_owned()),
+        }
+    }
+
+    fn variable(&self, name: &str) -> Result<Size, String> {
+        let sum = |fields: &[(&str, Size)]| fields.iter().fold(Size::SCALAR, |sum, (_, size)| sum.plus(size.wrapped()));
+        match (self.scope.iter().rev().find(|(variable, _)| variable == name), name) {
+            (Some((_, size)), _) => Ok(*size),
+            (None, "request") => Ok(sum(&REQUEST_FIELDS)),
+            (None, "workload") => Ok(sum(&UNIX_FIELDS).wrapped()),
+            (None, _) => Err(format!("there is no variable {}; there are workload and request", shown(name))),
+        }
+    }
+
+    /// Selections of known fields are checked and exact, so that a misspelt one is found at load.
+    fn select(&mut self, select: &SelectExpr, depth: usize) -> Result<Bound, String> {
+        let known =
+            |fields: &[(&'static str, Size)], of: &str| match fields.iter().find(|(name, _)| *name == select.field) {
+                Some((_, size)) => Ok(Bound { size: *size, cost: NODE_COST }),
+                None => {
+                    let names: Vec<_> = fields.iter().map(|(name, _)| *name).collect();
+                    Err(format!("{of} has no field {}; it has {}", shown(&select.field), names.join(", ")))
+                }
+            };
+        let bound = match &select.operand.expr {
+            Expr::Ident(name) if self.is_global(name, "request") => known(&REQUEST_FIELDS, "request")?,
+            Expr::Ident(name) if self.is_global(name, "workload") => {
+                known(&[("unix", self.variable("workload")?.element())], "workload")?
+            }
+            Expr::Select(outer) if matches!(&outer.operand.expr, Expr::Ident(name) if self.is_global(name, "workload")) =>
+            {
+                self.visit(&select.operand, depth)?;
+                known(&UNIX_FIELDS, "workload.unix")?
+            }
+            _ => {
+                let operand = self.visit(&select.operand, depth)?;
+                Bound { size: operand.size.element(), cost: operand.cost.saturating_add(NODE_COST) }
+            }
+        };
+        Ok(if select.test { Bound { size: Size::SCALAR, ..bound } } else { bound })
+    }
+
+    fn is_global(&self, name: &str, global: &str) -> bool {
+        name == global && self.scope.iter().all(|(variable, _)| variable != name)
+    }
+
+    fn call(&mut self, call: &CallExpr, depth: usize) -> Result<Bound, String> {
+        let Some(returns) = returns(&call.func_name) else {
+            return Err(format!(
+                "there is no function {}; there are operators, size, contains, startsWith, endsWith, string, int, has, \
+                 all, exists, exists_one, filter and map",
+                shown(&call.func_name)
+            ));
+        };
+        let mut cost = NODE_COST;
+        let mut sizes = Vec::with_capacity(3);
+        for argument in call.target.as_deref().into_iter().chain(&call.args) {
+            let bound = self.visit(argument, depth)?;
+            cost = cost.saturating_add(bound.cost);
+            sizes.push(bound.size);
+        }
+        let looked_at = sizes.iter().fold(0_u64, |sum, size| sum.saturating_add(size.bytes));
+        let first = sizes.first().copied().unwrap_or(Size::SCALAR);
+        let (size, touched) = match returns {
+            Returns::Scalar => (Size::SCALAR, looked_at),
+            Returns::Count => (Size::SCALAR, 0),
+            Returns::Sum => (sizes.iter().fold(Size::text(32), |sum, size| sum.plus(*size)), looked_at),
+            Returns::Either => (sizes.iter().skip(1).fold(Size::SCALAR, |most, size| most.max(*size)), 0),
+            Returns::Element => (first.element(), first.item),
+        };
+        Ok(Bound { size, cost: cost.saturating_add(touched) })
+    }
+
+    fn literal<'e>(
+        &mut self,
+        entries: impl Iterator<Item = (Option<&'e IdedExpr>, &'e IdedExpr)>,
+        depth: usize,
+    ) -> Result<Bound, String> {
+        let mut sum = Bound { size: Size { bytes: 16, count: 0, item: 0 }, cost: NODE_COST };
+        for (key, value) in entries {
+            let mut entry = self.visit(value, depth)?;
+            if let Some(key) = key {
+                let key = self.visit(key, depth)?;
+                entry = Bound { size: entry.size.plus(key.size), cost: entry.cost.saturating_add(key.cost) };
+            }
+            sum.size = sum.size.plus(entry.size.wrapped());
+            sum.cost = sum.cost.saturating_add(entry.cost).saturating_add(entry.size.bytes);
+        }
+        Ok(sum)
+    }
+
+    /// The accumulator of a macro only ever has something added to it, so it grows by at most the size of one step, taken
+    /// with its initial value, in each round.
+    fn comprehension(&mut self, comprehension: &ComprehensionExpr, depth: usize) -> Result<Bound, String> {
+        let range = self.visit(&comprehension.iter_range, depth)?;
+        let init = self.visit(&comprehension.accu_init, depth)?;
+        let rounds = range.size.count;
+        self.scope.push((comprehension.accu_var.clone(), init.size));
+        self.scope.push((comprehension.iter_var.clone(), range.size.element()));
+        let condition = self.visit(&comprehension.loop_cond, depth);
+        let step = self.visit(&comprehension.loop_step, depth);
+        self.scope.pop();
+        let (condition, step) = (condition?, step?);
+        let grown = init.size.plus(step.size.times(rounds));
+        if let Some((_, accumulator)) = self.scope.last_mut() {
+            *accumulator = grown;
+        }
+        let result = self.visit(&comprehension.result, depth);
+        self.scope.pop();
+        let result = result?;
+        let round = condition.cost.saturating_add(step.cost).saturating_add(range.size.item).saturating_add(NODE_COST);
+        let costs = [range.cost, init.cost, round.saturating_mul(rounds), grown.bytes, result.cost];
+        Ok(Bound { size: result.size, cost: costs.iter().fold(0, |sum, cost| sum.saturating_add(*cost)) })
+    }
+}
+
+/// Counts brackets without regard to strings: a rule is never so full of them that this matters.
+fn check_brackets(expression: &str) -> Result<(), String> {
+    let (mut open, mut most) = (0_usize, 0_usize);
+    for byte in expression.bytes() {
+        match byte {
+            b'(' | b'[' | b'{' => open += 1,
+            b')' | b']' | b'}' => open = open.saturating_sub(1),
+            _ => {}
+        }
+        most = most.max(open);
+    }
+    match most > MAX_BRACKETS {
+        true => Err(format!("{most} brackets are open at once, at most {MAX_BRACKETS} are allowed")),
+        false => Ok(()),
+    }
+}

@@ -1,0 +1,215 @@
+//! The `CertificatePolicy` document as it is written: YAML text in, plain values with their line numbers out.
+//!
+//! Invariant: an unknown or repeated key anywhere is an error, and reading costs no more than a small multiple of the
+//! text: size, nesting, aliases and documents are bounded. Says nothing about meaning; `compile` judges that. The shape
+//! is a structural one (no untyped values), so that it can become a Kubernetes CRD as it is.
+
+use std::fmt;
+
+use serde::Deserialize;
+use serde_saphyr::{Options, Spanned, options::MergeKeyPolicy};
+
+use super::clipped;
+
+/// Bytes in one policy file: 1 MiB.
+pub const MAX_SOURCE_BYTES: usize = 1 << 20;
+/// Documents in one policy file.
+pub const MAX_DOCUMENTS: usize = 256;
+/// Mappings and lists inside each other; the document's own shape needs 6.
+const MAX_DEPTH: usize = 16;
+/// YAML events that aliases may replay in one file.
+const MAX_REPLAYED_EVENTS: usize = 10_000;
+/// Characters of a YAML error that are kept.
+const MAX_SYNTAX_CHARS: usize = 300;
+
+/// The `apiVersion` this build reads.
+pub const API_VERSION: &str = "csrd.dev/v1alpha1";
+/// The `kind` of a policy.
+pub const KIND: &str = "CertificatePolicy";
+
+/// Policy text with the name by which problems in it are reported, usually a file path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// Where the text comes from.
+    pub origin: String,
+    /// One or more YAML documents.
+    pub text: String,
+}
+
+/// Something wrong with a policy file, for its author.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// [`Source::origin`].
+    pub file: String,
+    /// Line from 1; 0 when the problem is the file as a whole.
+    pub line: u64,
+    /// Path of the field, for example `spec.allow.dnsNames[2]`; empty when the problem is the document as a whole. For
+    /// YAML that does not fit the shape, the nearest enclosing keys.
+    pub field: String,
+    /// What is wrong, and where it helps what to write instead.
+    pub message: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.file)?;
+        if self.line > 0 {
+            write!(f, ":{}", self.line)?;
+        }
+        if !self.field.is_empty() {
+            write!(f, ": {}", self.field)?;
+        }
+        write!(f, ": {}", self.message)
+    }
+}
+
+/// A list that may be absent; absent and empty differ.
+pub(super) type List<T> = Option<Vec<Spanned<T>>>;
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Document {
+    pub(super) api_version: Spanned<String>,
+    pub(super) kind: Spanned<String>,
+    pub(super) metadata: Metadata,
+    pub(super) spec: Spec,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Metadata {
+    pub(super) name: Spanned<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Spec {
+    pub(super) r#match: Spanned<Match>,
+    pub(super) signer: Option<Spanned<String>>,
+    #[serde(default)]
+    pub(super) allow: Allow,
+    pub(super) rules: List<Rule>,
+    pub(super) offer: List<Offer>,
+}
+
+/// One optional section for each kind of workload; a workload of a kind that is absent does not match.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Match {
+    pub(super) unix: Option<Spanned<UnixMatch>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct UnixMatch {
+    pub(super) uids: List<u32>,
+    pub(super) users: List<String>,
+    pub(super) gids: List<u32>,
+    pub(super) executables: List<String>,
+    pub(super) executable_sha256: List<String>,
+    pub(super) systemd_units: List<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Allow {
+    pub(super) common_names: List<String>,
+    pub(super) organizations: List<String>,
+    pub(super) dns_names: List<String>,
+    pub(super) wildcard_dns_names: List<String>,
+    pub(super) ip_addresses: List<String>,
+    pub(super) uris: List<String>,
+    pub(super) usages: List<String>,
+    pub(super) keys: List<String>,
+    pub(super) lifetime: Option<Lifetime>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Lifetime {
+    pub(super) min: Option<Spanned<String>>,
+    pub(super) default: Option<Spanned<String>>,
+    pub(super) max: Option<Spanned<String>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Rule {
+    pub(super) expression: Spanned<String>,
+    pub(super) message: Spanned<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Offer {
+    pub(super) spiffe_id: Option<Spanned<String>>,
+    pub(super) dns_names: List<String>,
+    pub(super) hint: Option<Spanned<String>>,
+}
+
+/// Reads the documents of one source; a document that does not parse is a problem and the next one is still read.
+pub(super) fn read(source: &Source) -> (Vec<Document>, Vec<Problem>) {
+    let problem = |line, field, message| Problem { file: source.origin.clone(), line, field, message };
+    if source.text.len() > MAX_SOURCE_BYTES {
+        let message = format!("it has {} bytes, at most {MAX_SOURCE_BYTES} are allowed", source.text.len());
+        return (Vec::new(), vec![problem(0, String::new(), message)]);
+    }
+    let (mut documents, mut problems) = (Vec::new(), Vec::new());
+    let mut bytes = source.text.as_bytes();
+    for (i, document) in serde_saphyr::read_with_options::<_, Document>(&mut bytes, options()).enumerate() {
+        if i == MAX_DOCUMENTS {
+            let message = format!("it has more than {MAX_DOCUMENTS} documents");
+            problems.push(problem(0, String::new(), message));
+            break;
+        }
+        match document {
+            Ok(document) => documents.push(document),
+            Err(error) => {
+                let line = error.location().map_or(0, |location| location.line());
+                let message = clipped(error.without_snippet().to_string(), MAX_SYNTAX_CHARS);
+                problems.push(problem(line, enclosing_keys(&source.text, line), message));
+            }
+        }
+    }
+    (documents, problems)
+}
+
+fn options() -> Options {
+    serde_saphyr::options! {
+        budget: serde_saphyr::budget! {
+            max_reader_input_bytes: Some(MAX_SOURCE_BYTES),
+            max_depth: MAX_DEPTH,
+            flow_nesting_limit: MAX_DEPTH,
+        },
+        alias_limits: serde_saphyr::alias_limits! {
+            max_total_replayed_events: MAX_REPLAYED_EVENTS,
+        },
+        merge_keys: MergeKeyPolicy::Error,
+        with_snippet: false,
+    }
+}
+
+/// The keys that enclose `line` in block style, outermost first: each line above it with less indentation than the last.
+fn enclosing_keys(text: &str, line: u64) -> String {
+    let Ok(count) = usize::try_from(line) else {
+        return String::new();
+    };
+    let lines: Vec<&str> = text.lines().take(count).collect();
+    let (mut keys, mut indentation) = (Vec::new(), usize::MAX);
+    for line in lines.into_iter().rev() {
+        if line.starts_with("---") || indentation == 0 {
+            break;
+        }
+        let content = line.trim_start_matches([' ', '-']);
+        let at = line.len() - content.len();
+        if at < indentation
+            && let Some((key, _)) = content.split_once(':')
+            && key.bytes().all(|b| b.is_ascii_alphanumeric())
+        {
+            keys.push(key);
+            indentation = at;
+        }
+    }
+    keys.reverse();
+    clipped(keys.join("."), MAX_SYNTAX_CHARS)
+}

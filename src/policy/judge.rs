@@ -1,0 +1,219 @@
+//! One policy, one caller, one ask: [`mismatch`] and [`judge`], the comparisons behind every decision.
+//!
+//! Invariant: pure and total; what is not allowed is refused, and each refusal is a sentence that names the caller's own
+//! value and fact, never what the policy says about anybody else.
+
+use std::borrow::Cow;
+
+use super::{
+    Ask, MAX_REFUSALS, Reason, Terms,
+    cel::Variables,
+    compile::{Allow, Offer, Policy, UnixMatch},
+    lifetime, shown,
+    template::{Glob, Pattern, Unfilled},
+};
+use crate::{
+    attest::UnixFacts,
+    x509::{DnsName, KeyAlgorithm, Names, Usage, Usages},
+};
+
+/// One reason against an ask.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Refusal {
+    pub(super) reason: Reason,
+    pub(super) text: String,
+}
+
+/// The first clause of the match section that does not hold for the caller, in words; `None` when all hold.
+pub(super) fn mismatch(unix: &UnixMatch, facts: &UnixFacts) -> Option<String> {
+    let number = |list: &Option<Vec<u32>>, value: u32, name: &str, field: &str| {
+        let out = list.as_ref().is_some_and(|list| !list.contains(&value));
+        out.then(|| format!("{name} {value} is not among its {field}"))
+    };
+    let text = |value: &Option<String>, name: &str, field: &str| match value {
+        Some(value) => format!("{name} {} is not among its {field}", shown(value)),
+        None => format!("it asks for {field}, and the caller has no known {name}"),
+    };
+    let exact = |list: &Option<Vec<String>>, value: &Option<String>, name: &str, field: &str| {
+        let out = list.as_ref().is_some_and(|list| !value.as_ref().is_some_and(|value| list.contains(value)));
+        out.then(|| text(value, name, field))
+    };
+    let glob = |list: &Option<Vec<Glob>>, value: &Option<String>, name: &str, field: &str| {
+        let any = |list: &Vec<Glob>| value.as_ref().is_some_and(|value| list.iter().any(|glob| glob.matches(value)));
+        list.as_ref().is_some_and(|list| !any(list)).then(|| text(value, name, field))
+    };
+    let group = || {
+        let member = |gid: &u32| *gid == facts.gid || facts.supplementary_gids.contains(gid);
+        let out = unix.gids.as_ref().is_some_and(|gids| !gids.iter().any(member));
+        out.then(|| format!("neither gid {} nor a supplementary group is among its gids", facts.gid))
+    };
+    number(&unix.uids, facts.uid, "uid", "uids")
+        .or_else(|| exact(&unix.users, &facts.user, "user", "users"))
+        .or_else(group)
+        .or_else(|| glob(&unix.executables, &facts.executable, "executable", "executables"))
+        .or_else(|| exact(&unix.executable_sha256, &facts.executable_sha256, "executable SHA-256", "executableSha256"))
+        .or_else(|| glob(&unix.systemd_units, &facts.systemd_unit, "systemd unit", "systemdUnits"))
+}
+
+/// Judges an ask by a policy that matches the caller: what it gets, or everything that speaks against it.
+pub(super) fn judge(policy: &Policy, facts: &UnixFacts, ask: &Ask) -> Result<Terms, Vec<Refusal>> {
+    let mut refusals = Refusals(Vec::new());
+    if let Err(error) = ask.names.check() {
+        refusals.add(Reason::NameNotAllowed, error.to_string());
+        return Err(refusals.0);
+    }
+    let names = match ask.names.is_empty() {
+        true => first_offer(policy, facts).map_err(|refusal| vec![refusal])?,
+        false => {
+            refuse_names(&mut refusals, policy, facts, &ask.names);
+            ask.names.clone()
+        }
+    };
+    refuse_usages(&mut refusals, policy.allow.usages, ask);
+    if !policy.allow.keys.contains(&ask.key) {
+        refusals.add(Reason::KeyNotAllowed, format!("key {} is not among its keys", ask.key));
+    }
+    let lifetime = ask.lifetime.unwrap_or(policy.allow.lifetime.default);
+    let lifetime::Range { min, max, .. } = policy.allow.lifetime;
+    if lifetime > max {
+        let (asked, max) = (lifetime::print(lifetime), lifetime::print(max));
+        refusals.add(Reason::LifetimeNotAllowed, format!("lifetime {asked} is more than its max, {max}"));
+    } else if lifetime < min {
+        let (asked, min) = (lifetime::print(lifetime), lifetime::print(min));
+        refusals.add(Reason::LifetimeNotAllowed, format!("lifetime {asked} is less than its min, {min}"));
+    }
+    if let Some(signer) = ask.signer.as_ref().filter(|signer| **signer != policy.signer) {
+        refusals.add(Reason::SignerNotAllowed, format!("signer {} is not its signer", shown(signer)));
+    }
+    let signer = policy.signer.clone();
+    let terms = Terms { names, usages: ask.usages, key: ask.key, lifetime, signer, policy: policy.name.clone() };
+    // Rules come last: they see only what everything else allows, which also bounds what they can be given.
+    if refusals.0.is_empty() {
+        refuse_by_rules(&mut refusals, policy, facts, &terms);
+    }
+    match refusals.0.is_empty() {
+        true => Ok(terms),
+        false => Err(refusals.0),
+    }
+}
+
+/// The ask that an offer stands for: its names, with those of the usual usages and keys that the policy allows.
+pub(super) fn ask_of_offer(policy: &Policy, offer: &Offer, facts: &UnixFacts) -> Result<Ask, Unfilled> {
+    let allow = &policy.allow;
+    let key = KeyAlgorithm::ALL.into_iter().find(|key| allow.keys.contains(key)).unwrap_or(KeyAlgorithm::EcdsaP256);
+    Ok(Ask {
+        names: offer_names(offer, facts)?,
+        usages: Usages::DEFAULT.minus(Usages::DEFAULT.minus(allow.usages)),
+        key,
+        lifetime: None,
+        signer: None,
+        policy: None,
+    })
+}
+
+/// The names of an offer, filled in.
+pub(super) fn offer_names(offer: &Offer, facts: &UnixFacts) -> Result<Names, Unfilled> {
+    let dns = offer.dns_names.iter().map(|pattern| pattern.fill(facts)).collect::<Result<Vec<_>, _>>()?;
+    let uris = offer.spiffe_id.iter().map(|pattern| pattern.fill(facts)).collect::<Result<Vec<_>, _>>()?;
+    // A filled label is a label, but many of them may be too long together; such a name is nobody's.
+    let dns = dns.iter().filter_map(|name| DnsName::parse(name).ok()).collect();
+    Ok(Names { dns, uris, ..Names::default() })
+}
+
+/// Sentences of one policy, bounded.
+struct Refusals(Vec<Refusal>);
+
+impl Refusals {
+    fn add(&mut self, reason: Reason, text: String) {
+        if self.0.len() < MAX_REFUSALS {
+            self.0.push(Refusal { reason, text });
+        }
+    }
+}
+
+fn first_offer(policy: &Policy, facts: &UnixFacts) -> Result<Names, Refusal> {
+    let nothing = |text| Refusal { reason: Reason::NothingOffered, text };
+    let Some(offer) = policy.offers.first() else {
+        return Err(nothing("it offers nothing unasked; say which names you need".to_owned()));
+    };
+    let names = offer_names(offer, facts).map_err(|why| nothing(format!("its first offer is void: {why}")))?;
+    match names.is_empty() || names.check().is_err() {
+        true => Err(nothing("its first offer is void: a name is too long".to_owned())),
+        false => Ok(names),
+    }
+}
+
+fn refuse_names(refusals: &mut Refusals, policy: &Policy, facts: &UnixFacts, asked: &Names) {
+    let Allow { common_names, organizations, dns_names, wildcard_dns_names, ip_addresses, uris, .. } = &policy.allow;
+    let offered: Vec<Names> = policy.offers.iter().filter_map(|offer| offer_names(offer, facts).ok()).collect();
+    let mut compare = |field: &str, patterns: &[Pattern], value: &str| {
+        if let Err(text) = allowed(field, patterns, value, facts) {
+            refusals.add(Reason::NameNotAllowed, text);
+        }
+    };
+    if let Some(common_name) = &asked.common_name {
+        compare("commonNames", common_names, common_name);
+    }
+    for organization in &asked.organizations {
+        compare("organizations", organizations, organization);
+    }
+    for name in asked.dns.iter().filter(|name| !offered.iter().any(|offer| offer.dns.contains(name))) {
+        match name.is_wildcard() {
+            true => compare("wildcardDnsNames", wildcard_dns_names, name.as_str()),
+            false => compare("dnsNames", dns_names, name.as_str()),
+        }
+    }
+    for uri in asked.uris.iter().filter(|uri| !offered.iter().any(|offer| offer.uris.contains(uri))) {
+        compare("uris", uris, uri);
+    }
+    for ip in &asked.ips {
+        if !ip_addresses.iter().any(|network| network.contains(ip)) {
+            refusals.add(Reason::NameNotAllowed, format!("ipAddresses: {ip} is in none of its networks"));
+        }
+    }
+}
+
+/// Whether one of `patterns` allows `value`; the error also says which entries grant nothing to this caller, and why.
+fn allowed(field: &str, patterns: &[Pattern], value: &str, facts: &UnixFacts) -> Result<(), String> {
+    let mut void = None;
+    for pattern in patterns {
+        match pattern.matches(value, facts) {
+            Ok(true) => return Ok(()),
+            Ok(false) => {}
+            Err(why) => void = void.or(Some((pattern, why))),
+        }
+    }
+    let entries = if patterns.is_empty() { "it allows none" } else { "it matches none of its entries" };
+    let void = void.map(|(pattern, why)| Cow::from(format!(" ({} grants nothing: {why})", shown(pattern.as_str()))));
+    Err(format!("{field}: {} is refused, {entries}{}", shown(value), void.unwrap_or_default()))
+}
+
+fn refuse_usages(refusals: &mut Refusals, allowed: Usages, ask: &Ask) {
+    if ask.usages.is_empty() {
+        refusals.add(Reason::UsageNotAllowed, "no usage is asked for".to_owned());
+    }
+    let extra = ask.usages.minus(allowed);
+    if !extra.is_empty() {
+        refusals.add(Reason::UsageNotAllowed, format!("usages: {extra} not among its usages"));
+    }
+    // RFC 5480 section 3 and RFC 8410 section 5: such keys encipher nothing.
+    let rsa = matches!(ask.key, KeyAlgorithm::Rsa2048 | KeyAlgorithm::Rsa3072 | KeyAlgorithm::Rsa4096);
+    if ask.usages.contains(Usage::KeyEncipherment) && !rsa {
+        refusals.add(Reason::UsageNotAllowed, format!("usages: key encipherment needs an RSA key, not {}", ask.key));
+    }
+}
+
+fn refuse_by_rules(refusals: &mut Refusals, policy: &Policy, facts: &UnixFacts, terms: &Terms) {
+    if policy.rules.is_empty() {
+        return;
+    }
+    let variables = match Variables::new(facts, terms) {
+        Ok(variables) => variables,
+        Err(text) => return refusals.add(Reason::RuleNotMet, text),
+    };
+    for rule in &policy.rules {
+        if let Err(text) = rule.check(&variables) {
+            refusals.add(Reason::RuleNotMet, text);
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! The calls that have no safe wrapper, and what this kernel can do.
+//!
+//! All `unsafe` of attestation is here, one call a function. rustix reads the credentials of a message into a type whose
+//! process id cannot be zero, but a sender in another pid namespace is numbered zero, so they are read here instead.
+
+use std::{
+    fmt, io,
+    mem::{self, MaybeUninit},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    sync::OnceLock,
+};
+
+use rustix::{
+    fs::{AtFlags, CWD, StatxFlags},
+    net::{AddressFamily, SocketFlags, SocketType},
+    process::PidfdFlags,
+};
+use tokio::io::{Interest, ReadBuf, unix::AsyncFd};
+
+/// Inode of the first cgroup namespace: `PROC_CGROUP_INIT_INO` of `linux/proc_ns.h`, fixed on every kernel.
+const INITIAL_CGROUP_NAMESPACE: u64 = 0xEFFF_FFFB;
+/// Room for one `struct ucred`, and for nothing after it; see [`receive`].
+// SAFETY: CMSG_SPACE is arithmetic on its argument.
+#[allow(unsafe_code)]
+const CREDENTIALS_SPACE: usize = unsafe { libc::CMSG_SPACE(mem::size_of::<libc::ucred>() as u32) } as usize;
+
+/// What attestation can use on this kernel. Linux 5.10 has none of it; every use has a slower equivalent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// `SO_PEERPIDFD` (Linux 6.5): a handle to the peer that cannot be confused with a later process.
+    pub peer_pidfd: bool,
+    /// `PIDFD_GET_INFO` (Linux 6.13): ids and cgroup of a process in one call.
+    pub pidfd_info: bool,
+    /// Whether cgroup paths are read from the root of the host, without which a path does not say which unit it is.
+    pub host_cgroups: bool,
+    /// Whether every user id of the host has its own number here, false in a user namespace with a partial map.
+    pub all_users: bool,
+}
+
+impl Capabilities {
+    /// What this kernel offers this process; found out once.
+    pub fn probe() -> Self {
+        static FOUND: OnceLock<Capabilities> = OnceLock::new();
+        *FOUND.get_or_init(|| Self {
+            peer_pidfd: has_peer_pidfd(),
+            pidfd_info: has_pidfd_info(),
+            host_cgroups: in_host_cgroup_namespace(),
+            all_users: maps_all_users(),
+        })
+    }
+}
+
+/// One line for the log at start: `SO_PEERPIDFD yes, PIDFD_GET_INFO no, host cgroups yes, all users yes`.
+impl fmt::Display for Capabilities {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let word = |yes| if yes { "yes" } else { "no" };
+        write!(f, "SO_PEERPIDFD {}, PIDFD_GET_INFO {}, ", word(self.peer_pidfd), word(self.pidfd_info))?;
+        write!(f, "host cgroups {}, all users {}", word(self.host_cgroups), word(self.all_users))
+    }
+}
+
+fn has_peer_pidfd() -> bool {
+    rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+        .is_ok_and(|(one, _other)| peer_pidfd(one.as_fd()).is_ok())
+}
+
+fn has_pidfd_info() -> bool {
+    rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty())
+        .is_ok_and(|pidfd| process_ids(pidfd.as_fd()).is_ok())
+}
+
+fn in_host_cgroup_namespace() -> bool {
+    rustix::fs::statx(CWD, c"/proc/self/ns/cgroup", AtFlags::empty(), StatxFlags::INO)
+        .is_ok_and(|namespace| namespace.stx_ino == INITIAL_CGROUP_NAMESPACE)
+}
+
+fn maps_all_users() -> bool {
+    std::fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| map.split_whitespace().eq(["0", "0", "4294967295"]))
+}
+
+/// A pidfd of the process that connected the socket (`SO_PEERPIDFD`).
+#[allow(unsafe_code)]
+pub(super) fn peer_pidfd(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let mut pidfd: libc::c_int = -1;
+    let mut length = mem::size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes, the size of `pidfd`, and both live through the call.
+    let returned = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERPIDFD,
+            (&raw mut pidfd).cast(),
+            &raw mut length,
+        )
+    };
+    if returned != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: on success the kernel has just installed this descriptor for us, and nobody else knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(pidfd) })
+}
+
+/// Registers a pidfd with the runtime, to be told of the process's exit.
+#[allow(unsafe_code)]
+pub(super) fn watch_exit(pidfd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` is one open descriptor, and stays so until the `AsyncFd` that owns it is dropped.
+    Ok(unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?)
+}
+
+/// Ids of a process, as numbered in this process's namespaces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ProcessIds {
+    pub(super) real_uid: u32,
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+    pub(super) cgroup: u64,
+}
+
+/// Ids of the process behind a pidfd (`PIDFD_GET_INFO`); `ESRCH` once it has been reaped.
+#[allow(unsafe_code)]
+pub(super) fn process_ids(pidfd: BorrowedFd<'_>) -> io::Result<ProcessIds> {
+    // SAFETY: `pidfd_info` is integers only, for which zero is a value.
+    let mut info: libc::pidfd_info = unsafe { mem::zeroed() };
+    let wanted = u64::from(libc::PIDFD_INFO_PID | libc::PIDFD_INFO_CREDS | libc::PIDFD_INFO_CGROUPID);
+    info.mask = wanted;
+    // SAFETY: the request number carries the size of `pidfd_info`, beyond which the kernel writes nothing.
+    let returned = unsafe { libc::ioctl(pidfd.as_raw_fd(), libc::PIDFD_GET_INFO, &raw mut info) };
+    if returned != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if info.mask & wanted != wanted {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
+    Ok(ProcessIds { real_uid: info.ruid, uid: info.euid, gid: info.egid, cgroup: info.cgroupid })
+}
+
+/// The process that wrote a message: its id, zero when it has none in our pid namespace, and its real user id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sender {
+    pub(super) pid: i32,
+    pub(super) uid: u32,
+}
+
+/// Receives into `buffer` and says how many bytes, and whom the kernel names as their writer.
+///
+/// The socket needs `SO_PASSCRED`; the kernel then never joins bytes of two writers in one call. There is room for the
+/// credentials only, which the kernel puts first, so that descriptors a client sends along are closed by the kernel
+/// and never become ours (`scm_detach_fds`).
+#[allow(unsafe_code)]
+pub(super) fn receive(socket: BorrowedFd<'_>, buffer: &mut ReadBuf<'_>) -> io::Result<(usize, Option<Sender>)> {
+    #[repr(C, align(8))]
+    struct Control(MaybeUninit<[u8; CREDENTIALS_SPACE]>);
+    let mut control = Control(MaybeUninit::uninit());
+    // SAFETY: the kernel initializes what it says it has received, and nothing is ever de-initialized here.
+    let unfilled = unsafe { buffer.unfilled_mut() };
+    let mut bytes = libc::iovec { iov_base: unfilled.as_mut_ptr().cast(), iov_len: unfilled.len() };
+    // SAFETY: `msghdr` is integers and pointers, for which zero is a value.
+    let mut message: libc::msghdr = unsafe { mem::zeroed() };
+    message.msg_iov = &raw mut bytes;
+    message.msg_iovlen = 1;
+    message.msg_control = (&raw mut control).cast();
+    message.msg_controllen = CREDENTIALS_SPACE as _;
+    // SAFETY: both buffers are described with their own lengths and live through the call.
+    let returned = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_CMSG_CLOEXEC) };
+    let received = usize::try_from(returned).map_err(|_| io::Error::last_os_error())?;
+    // SAFETY: `message` is as the kernel left it: CMSG_FIRSTHDR is null or points into `control`, the header says how
+    // many bytes of it are set, and they are copied out unaligned only when a whole `ucred` is there.
+    let sender = unsafe {
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        let whole = libc::CMSG_LEN(mem::size_of::<libc::ucred>() as u32) as usize;
+        (!header.is_null()
+            && (*header).cmsg_level == libc::SOL_SOCKET
+            && (*header).cmsg_type == libc::SCM_CREDENTIALS
+            && (*header).cmsg_len as usize >= whole)
+            .then(|| libc::CMSG_DATA(header).cast::<libc::ucred>().read_unaligned())
+    };
+    // SAFETY: the kernel has written the first `received` bytes of the unfilled part.
+    unsafe { buffer.assume_init(received) };
+    buffer.advance(received);
+    Ok((received, sender.map(|sender| Sender { pid: sender.pid, uid: sender.uid })))
+}

@@ -1,0 +1,215 @@
+//! The process at the other end of a socket, held so that it cannot be confused with another.
+//!
+//! A process id is a number that is used again. A [`Peer`] holds a pidfd and a handle to `/proc/PID` instead, taken while
+//! that process was known to be alive; both belong to the process and never to a later one. What the process *is* may
+//! change under the same handles (it may exec, or change its user): [`Peer::observe`] is the cheap question whether it has.
+
+use std::{
+    fmt, io,
+    os::fd::{AsFd, OwnedFd},
+    sync::{Mutex, PoisonError},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec},
+    io::Errno,
+    process::{Pid, PidfdFlags},
+    time::ClockId,
+};
+use tokio::{io::unix::AsyncFd, net::UnixStream};
+
+use super::{
+    AttestError, Attested,
+    kernel::{self, Capabilities, Sender},
+    proc::{FileId, ProcHandle},
+};
+
+/// The process that connected a socket.
+pub struct Peer {
+    pid: u32,
+    connected: Ids,
+    real_uid: u32,
+    pidfd: AsyncFd<OwnedFd>,
+    handle: ProcHandle,
+    capabilities: Capabilities,
+    attested: Mutex<Option<Attested>>,
+}
+
+/// Effective ids of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Ids {
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+}
+
+/// What tells that a process is not what it was: compared as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Observation {
+    pub(super) ids: Ids,
+    /// `None` when this agent may not see it, or the process's main thread has ended.
+    pub(super) executable: Option<FileId>,
+    /// `None` where the kernel does not tell (before Linux 6.13).
+    cgroup: Option<u64>,
+}
+
+impl Peer {
+    /// Takes hold of the process that connected `stream`. Call it as soon as the connection is accepted, on a tokio runtime.
+    ///
+    /// # Errors
+    /// The process has exited, or cannot be seen from here: see [`AttestError`].
+    pub fn of(stream: &UnixStream) -> Result<Self, AttestError> {
+        Self::with(stream, Capabilities::probe())
+    }
+
+    /// [`Peer::of`] with no more than these capabilities, as on an older kernel.
+    ///
+    /// # Errors
+    /// As [`Peer::of`]; also if the kernel lacks one of them.
+    pub fn with(stream: &UnixStream, capabilities: Capabilities) -> Result<Self, AttestError> {
+        let connected = stream.peer_cred().map_err(unreadable("SO_PEERCRED"))?;
+        let pid = connected.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid != 0);
+        let pid = pid.ok_or(AttestError::ForeignPidNamespace)?;
+        let (pidfd, handle) = if capabilities.peer_pidfd {
+            let pidfd = kernel::peer_pidfd(stream.as_fd()).map_err(gone_or("SO_PEERPIDFD"))?;
+            (pidfd, ProcHandle::open(pid).map_err(gone_or("/proc/PID"))?)
+        } else {
+            hold_by_number(pid, boot_ticks())?
+        };
+        // A process that has not exited still has its number: what was opened by that number is the same process.
+        require_alive(pidfd.as_fd())?;
+        let real_uid = match capabilities.pidfd_info {
+            true => kernel::process_ids(pidfd.as_fd()).map_err(gone_or("PIDFD_GET_INFO"))?.real_uid,
+            false => handle.status().map_err(gone_or("/proc/PID/status"))?.real_uid,
+        };
+        Ok(Self {
+            pid,
+            connected: Ids { uid: connected.uid(), gid: connected.gid() },
+            real_uid,
+            pidfd: kernel::watch_exit(pidfd).map_err(unreadable("pidfd"))?,
+            handle,
+            capabilities,
+            attested: Mutex::new(None),
+        })
+    }
+
+    /// Process id, for logs and traces: it identifies nothing.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Effective user id when it connected, the key for limits on a caller that is not attested yet.
+    pub fn uid(&self) -> u32 {
+        self.connected.uid
+    }
+
+    /// Resolves when the process has exited; any number of tasks may wait.
+    pub async fn exited(&self) {
+        if self.pidfd.readable().await.is_err() {
+            // The runtime is going away, and this task with it.
+            std::future::pending().await
+        }
+    }
+
+    /// Whether the kernel named this process as the writer of a message.
+    pub(super) fn wrote(&self, sender: Option<Sender>) -> bool {
+        sender.is_some_and(|sender| u32::try_from(sender.pid) == Ok(self.pid) && sender.uid == self.real_uid)
+    }
+
+    pub(super) fn handle(&self) -> &ProcHandle {
+        &self.handle
+    }
+
+    pub(super) fn capabilities(&self) -> Capabilities {
+        self.capabilities
+    }
+
+    /// The last attestation.
+    pub(super) fn attested(&self) -> Option<Attested> {
+        self.attested.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn remember(&self, attested: Attested) {
+        *self.attested.lock().unwrap_or_else(PoisonError::into_inner) = Some(attested);
+    }
+
+    /// What the process is now: three system calls.
+    ///
+    /// # Errors
+    /// It has exited, or its effective ids are no longer those it connected with.
+    pub(super) fn observe(&self) -> Result<Observation, AttestError> {
+        let executable = match self.handle.executable() {
+            Ok(file) => Some(file),
+            Err(error) if matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::NotFound) => None,
+            Err(error) => return Err(gone_or("/proc/PID/exe")(error)),
+        };
+        let pidfd = self.pidfd.get_ref().as_fd();
+        let (uid, gid, cgroup) = if self.capabilities.pidfd_info {
+            let ids = kernel::process_ids(pidfd).map_err(gone_or("PIDFD_GET_INFO"))?;
+            (ids.uid, ids.gid, Some(ids.cgroup))
+        } else {
+            let (uid, gid) = self.handle.owner().map_err(gone_or("/proc/PID"))?;
+            (uid, gid, None)
+        };
+        // Last, because what is read of a process that has exited looks like root's.
+        require_alive(pidfd)?;
+        let ids = Ids { uid, gid };
+        if ids != self.connected {
+            let Ids { uid, gid } = self.connected;
+            return Err(AttestError::IdsChanged { uid, gid, uid_now: ids.uid, gid_now: ids.gid });
+        }
+        Ok(Observation { ids, executable, cgroup })
+    }
+}
+
+impl fmt::Debug for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Peer").field("pid", &self.pid).field("connected", &self.connected).finish_non_exhaustive()
+    }
+}
+
+/// Handles to the process with this number, which must have started by `latest` (clock ticks since boot).
+///
+/// Where the kernel has no `SO_PEERPIDFD`, a connection tells its peer's number only. Were that process gone and its number
+/// taken by a process of the same user and group in the moment between connecting and being accepted, this cannot tell;
+/// from then on it can: such a process started too late.
+fn hold_by_number(pid: u32, latest: u64) -> Result<(OwnedFd, ProcHandle), AttestError> {
+    let handle = ProcHandle::open(pid).map_err(gone_or("/proc/PID"))?;
+    let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(AttestError::ForeignPidNamespace)?;
+    let pidfd = rustix::process::pidfd_open(number, PidfdFlags::empty());
+    let pidfd = pidfd.map_err(|error| gone_or("pidfd_open")(error.into()))?;
+    // Readable through the earlier handle after the pidfd was taken: the number did not change hands between them.
+    let started = handle.start_ticks().map_err(gone_or("/proc/PID/stat"))?;
+    if started > latest {
+        return Err(AttestError::PidReused { pid });
+    }
+    Ok((pidfd, handle))
+}
+
+/// Clock ticks since boot, as `/proc/PID/stat` counts them.
+fn boot_ticks() -> u64 {
+    let now = rustix::time::clock_gettime(ClockId::Boottime);
+    let ticks_per_second = rustix::param::clock_ticks_per_second();
+    now.tv_sec as u64 * ticks_per_second + now.tv_nsec as u64 * ticks_per_second / 1_000_000_000
+}
+
+/// A pidfd becomes readable when its process has exited (pidfd_open(2)).
+fn require_alive(pidfd: std::os::fd::BorrowedFd<'_>) -> Result<(), AttestError> {
+    let mut polled = [PollFd::from_borrowed_fd(pidfd, PollFlags::IN)];
+    match rustix::event::poll(&mut polled, Some(&Timespec::default())) {
+        Ok(0) => Ok(()),
+        Ok(_) => Err(AttestError::Exited),
+        Err(error) => Err(unreadable("pidfd")(error.into())),
+    }
+}
+
+/// An error of reading something of a process: that it has exited, or what could not be read.
+pub(super) fn gone_or(what: &'static str) -> impl Fn(io::Error) -> AttestError {
+    move |error| match Errno::from_io_error(&error) {
+        Some(Errno::SRCH | Errno::NOENT) => AttestError::Exited,
+        _ => unreadable(what)(error),
+    }
+}
+
+fn unreadable(what: &'static str) -> impl Fn(io::Error) -> AttestError {
+    move |source| AttestError::Unreadable { what, source }
+}

@@ -22,7 +22,7 @@ use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
-    attest::{self, Attestor},
+    attest::{Attestor, PeerStream},
     clock::Clock,
     hub::{self, Hub, Rate},
     metrics::Metrics,
@@ -123,7 +123,7 @@ pub async fn build(parts: Parts) -> Result<Bound, BuildError> {
     let admin_address = admin.as_ref().and_then(|listener| listener.local_addr().ok());
 
     let stop = parts.stop;
-    let attestor = Arc::new(Attestor::new());
+    let attestor = Arc::new(Attestor::new(parts.clock.clone()));
     let default_signer = parts.signers.first().map(|signer| signer.name().to_owned()).unwrap_or_default();
     let hub = Hub::new(hub::Parts {
         clock: parts.clock,
@@ -152,7 +152,8 @@ pub async fn build(parts: Parts) -> Result<Bound, BuildError> {
     tasks.spawn("executables", follow_policies(attestor, parts.policies, stop.clone()));
     tasks.spawn("health", report_health(health, parts.readiness.clone(), stop.clone()));
     if let Some(listener) = admin {
-        tasks.spawn("admin", Admin { metrics: parts.metrics, readiness: parts.readiness }.serve(listener, stop.clone()));
+        tasks
+            .spawn("admin", Admin { metrics: parts.metrics, readiness: parts.readiness }.serve(listener, stop.clone()));
     }
     for (name, part) in parts.background {
         tasks.spawn(name, part);
@@ -213,6 +214,6 @@ async fn listen(path: &Path) -> Result<UnixListener, BuildError> {
     }
     let listener = UnixListener::bind(path).map_err(failed)?;
     fs::set_permissions(path, fs::Permissions::from_mode(SOCKET_MODE)).map_err(failed)?;
-    attest::prepare_listener(&listener).map_err(failed)?;
+    PeerStream::prepare(&listener).map_err(failed)?;
     Ok(listener)
 }

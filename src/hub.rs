@@ -18,6 +18,7 @@ mod subscription;
 use std::{
     collections::HashMap,
     fmt,
+    hash::{Hash, Hasher},
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
@@ -99,12 +100,26 @@ struct Shared {
 }
 
 /// A key made by the caller, with what it wants done at the renew point.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug)]
 pub struct Held {
     /// The caller's request.
     pub csr: Arc<Csr>,
     /// When set, the key is never certified twice: the follower is told to rotate it.
     pub rotate_key: bool,
+}
+
+impl PartialEq for Held {
+    fn eq(&self, other: &Self) -> bool {
+        self.csr.der() == other.csr.der() && self.rotate_key == other.rotate_key
+    }
+}
+
+impl Eq for Held {}
+
+impl Hash for Held {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.csr.der().hash(state);
+    }
 }
 
 /// A step of an issuance that its caller is told of.
@@ -124,10 +139,7 @@ impl Hub {
     pub fn new(parts: Parts) -> Self {
         let signers = parts.signers.into_iter().map(|signer| (signer.name().to_owned(), signer)).collect();
         Self(Arc::new(Shared {
-            state: Mutex::new(State::new(
-                Queue::new(parts.signer_rate),
-                StdRng::seed_from_u64(parts.seed),
-            )),
+            state: Mutex::new(State::new(Queue::new(parts.signer_rate), StdRng::seed_from_u64(parts.seed))),
             clock: parts.clock,
             policies: parts.policies,
             signers,
@@ -270,7 +282,8 @@ impl Hub {
 
     /// Charges the principal for one issuance.
     fn admit(&self, workload: &Workload) -> Result<(), HubError> {
-        queue::check(&self.0.principals, workload.principal()).map_err(|retry_after| HubError::RateLimited { retry_after })
+        queue::check(&self.0.principals, workload.principal())
+            .map_err(|retry_after| HubError::RateLimited { retry_after })
     }
 
     /// A follower has gone: when it was the last one, the entry starts to linger.
@@ -281,7 +294,7 @@ impl Hub {
     }
 
     fn publish_gauges(&self, state: &State) {
-        self.0.metrics.set_credentials(state.entries.len());
+        self.0.metrics.credentials.set(state.entries.len() as i64);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -25,7 +25,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{body::Body, service::Routes};
-use tower::{Service as _, ServiceExt as _};
+use tower::Service as _;
 use tower_http::timeout::TimeoutBody;
 
 use crate::{
@@ -39,6 +39,7 @@ use crate::{
 use authority::AuthorityStream;
 pub use limits::Limits;
 use limits::Tally;
+use status::Refusal;
 
 /// Calls under way at once on one connection; hyper refuses one more with REFUSED_STREAM.
 pub const MAX_STREAMS_PER_CONNECTION: u32 = 128;
@@ -84,14 +85,14 @@ pub struct Engine {
 #[derive(Clone, Debug)]
 pub struct Server {
     routes: Routes,
-    attestor: Arc<Attestor>,
     tally: Tally,
     metrics: Metrics,
     stop: CancellationToken,
 }
 
 /// What a call knows of the connection it came on.
-pub(crate) struct Connection {
+struct Connection {
+    /// Why no call of this connection is served, if so.
     caller: Result<Caller, AttestError>,
     /// Notified at the first whole request.
     spoke: Notify,
@@ -99,12 +100,12 @@ pub(crate) struct Connection {
 
 /// The span of one call, opened when its headers are there.
 #[derive(Clone)]
-pub(crate) struct CallSpan(tracing::Span);
+struct CallSpan(tracing::Span);
 
 impl Server {
     /// A server over `engine`; `health` is the grpc.health.v1 service that the agent keeps up to date.
     pub fn new(engine: Engine, health: Routes) -> Self {
-        let (attestor, metrics, stop) = (engine.attestor.clone(), engine.metrics.clone(), engine.stop.clone());
+        let (metrics, stop) = (engine.metrics.clone(), engine.stop.clone());
         let tally = Tally::new(engine.limits);
         let engine = Arc::new(engine);
         let issuance = issuance::Issuance::new(engine.clone(), tally.clone());
@@ -112,14 +113,15 @@ impl Server {
             .max_decoding_message_size(MAX_REQUEST_BYTES);
         let credentials = v1::status_service_server::StatusServiceServer::new(credentials::Credentials::new(engine))
             .max_decoding_message_size(MAX_REQUEST_BYTES);
-        let reflection = || tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(proto::DESCRIPTORS);
+        let reflection =
+            || tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(proto::DESCRIPTORS);
         let routes = health
             .add_service(issuance)
             .add_service(credentials)
             .add_service(reflection().build_v1().expect("our own descriptors are valid"))
             .add_service(reflection().build_v1alpha().expect("our own descriptors are valid"))
             .prepare();
-        Self { routes, attestor, tally, metrics, stop }
+        Self { routes, tally, metrics, stop }
     }
 
     /// Accepts connections until the stop, then gives them [`STOP_GRACE`].
@@ -131,8 +133,9 @@ impl Server {
                 Some(_) = connections.join_next() => {}
                 accepted = listener.accept() => match accepted {
                     Ok((stream, _)) => {
-                        let peer = Peer::of(&stream, &self.attestor).map(Arc::new);
-                        let Some(place) = self.tally.connection(peer.as_ref().ok().map(|peer| u64::from(peer.uid()))) else {
+                        let peer = Peer::of(&stream).map(Arc::new);
+                        let principal = peer.as_ref().ok().map(|peer| u64::from(peer.uid()));
+                        let Some(place) = self.tally.connection(principal) else {
                             self.metrics.connection_refused("TOO_MANY_CONNECTIONS");
                             continue;
                         };
@@ -140,7 +143,10 @@ impl Server {
                         connections.spawn(async move {
                             let _place = place;
                             match peer {
-                                Ok(peer) => server.connection(PeerStream::new(stream, &peer), Ok(Caller::Peer(peer))).await,
+                                Ok(peer) => {
+                                    let caller = Caller::Peer(peer.clone());
+                                    server.connection(PeerStream::new(stream, peer), Ok(caller)).await;
+                                }
                                 Err(error) => server.connection(stream, Err(error)).await,
                             }
                         });
@@ -168,7 +174,7 @@ impl Server {
         IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let connection = Arc::new(Connection { caller, spoke: Notify::new() });
-        let service = service_fn(|request| self.call(request, connection.clone()));
+        let service = service_fn(|request| call(self.routes.clone(), request, connection.clone()));
         let served = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
             .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
@@ -205,29 +211,37 @@ impl Server {
         served.as_mut().graceful_shutdown();
         let _ = timeout(STOP_GRACE, served).await;
     }
-
-    async fn call(
-        &self,
-        request: Request<Incoming>,
-        connection: Arc<Connection>,
-    ) -> Result<Response<Body>, Infallible> {
-        connection.spoke.notify_one();
-        let span = telemetry::rpc_span(request.headers(), request.uri().path());
-        let mut request = request.map(|body| TimeoutBody::new(REQUEST_BODY_TIMEOUT, body));
-        request.extensions_mut().insert(connection);
-        request.extensions_mut().insert(CallSpan(span));
-        let mut routes = self.routes.clone();
-        let Ok(routes) = routes.ready().await;
-        routes.call(request).await
-    }
 }
 
 impl Connection {
     /// Who calls, proven now: the process lives, wrote these bytes, and is still what it was or is looked at afresh.
-    pub(crate) async fn workload(&self, attestor: &Attestor) -> Result<Arc<Workload>, AttestError> {
-        match &self.caller {
-            Ok(caller) => caller.attest(attestor).await,
-            Err(error) => Err(error.clone()),
-        }
+    async fn workload(&self, engine: &Engine) -> Result<Arc<Workload>, Refusal> {
+        let attested = match &self.caller {
+            Ok(caller) => caller.attest(&engine.attestor).await,
+            Err(error) => return Err(refused(engine, error)),
+        };
+        attested.inspect(|_| engine.metrics.attest.good()).map_err(|error| refused(engine, &error))
     }
+}
+
+/// Hands a request to its service, with its connection and its span.
+fn call(
+    mut routes: Routes,
+    request: Request<Incoming>,
+    connection: Arc<Connection>,
+) -> impl Future<Output = Result<Response<Body>, Infallible>> + Send {
+    connection.spoke.notify_one();
+    let span = telemetry::rpc_span(request.headers(), request.uri().path());
+    let mut request = request.map(|body| TimeoutBody::new(REQUEST_BODY_TIMEOUT, body));
+    request.extensions_mut().insert(connection);
+    request.extensions_mut().insert(CallSpan(span));
+    // Routes are always ready.
+    routes.call(request)
+}
+
+/// Counts and logs a caller that cannot be attested; returns what it is told.
+fn refused(engine: &Engine, error: &AttestError) -> Refusal {
+    engine.metrics.attest.bad(error.reason());
+    tracing::warn!(reason = error.reason(), %error, "caller refused");
+    Refusal::from(error)
 }

@@ -35,15 +35,9 @@ impl PeerStream {
         Ok(rustix::net::sockopt::set_socket_passcred(listener, true)?)
     }
 
-    /// Takes hold of the peer of a connection accepted from a prepared listener.
-    ///
-    /// # Errors
-    /// As [`Peer::of`].
-    pub fn of(stream: UnixStream) -> Result<Self, AttestError> {
-        // Inherited from the listener; if the listener was not prepared, what was written before now fails the first read.
-        Self::prepare(&stream).map_err(|source| AttestError::Unreadable { what: "SO_PASSCRED", source })?;
-        let peer = Arc::new(Peer::of(&stream)?);
-        Ok(Self { stream, peer })
+    /// Guards a connection that was accepted from a prepared listener and made by `peer`.
+    pub fn new(stream: UnixStream, peer: Arc<Peer>) -> Self {
+        Self { stream, peer }
     }
 
     /// The process that connected.

@@ -41,6 +41,11 @@ impl Workload {
         &self.unix
     }
 
+    /// Who bears the bounds on what one caller may hold and ask for: on a host, the user.
+    pub fn principal(&self) -> u64 {
+        self.unix.uid.into()
+    }
+
     /// Facts by the names that templates and `csrd whoami` use, with their text values.
     pub fn facts(&self) -> BTreeMap<&'static str, String> {
         let unix = &self.unix;

@@ -44,7 +44,7 @@ pub(super) struct Entry {
     /// The span of the call that asked, for the first flight.
     pub(super) span: Option<tracing::Span>,
     /// The trace that began it; renewals link to it.
-    pub(super) origin: SpanContext,
+    pub(super) origin: Option<SpanContext>,
     pub(super) snapshot: watch::Sender<Snapshot>,
 }
 
@@ -120,7 +120,7 @@ impl Entry {
             idle_since: None,
             failures: 0,
             span: Some(tracing::Span::current()),
-            origin: telemetry::current_context(),
+            origin: telemetry::current(),
             snapshot: watch::Sender::new(Snapshot::Pending),
         }
     }

@@ -13,7 +13,7 @@ use tracing::Instrument as _;
 use super::{FLIGHT_TIMEOUT, Hub, HubError, MAX_FLIGHTS, MAX_SLEEP, STOP_GRACE, Step, entry::Flight};
 use crate::{
     issue::{self, Credential},
-    signer::{Sign, Stage},
+    signer::Stage,
     telemetry,
     x509::Bundle,
 };
@@ -87,9 +87,7 @@ impl Hub {
         let csr = entry.held.as_ref().map(|held| held.csr.clone());
         let renewal = entry.snapshot.borrow().live().is_some();
         let span = if renewal {
-            let span = tracing::debug_span!(parent: None, "renew");
-            telemetry::link(&span, &entry.origin);
-            span
+            telemetry::renew_span(entry.origin.as_ref())
         } else {
             entry.span.take().unwrap_or_else(tracing::Span::none)
         };
@@ -110,11 +108,7 @@ impl Hub {
         attempt.instrument(span)
     }
 
-    fn land(
-        &self,
-        entries: &mut HashMap<Id, u128>,
-        landed: Result<(Id, Result<Credential, HubError>), JoinError>,
-    ) {
+    fn land(&self, entries: &mut HashMap<Id, u128>, landed: Result<(Id, Result<Credential, HubError>), JoinError>) {
         let (task, outcome) = match landed {
             Ok(landed) => landed,
             // A panic in one attempt is a fault of ours; it must not take the other workloads' certificates with it.

@@ -1,14 +1,10 @@
 //! Who may go to a signer next: priorities, one token bucket for the signers, one for each principal.
 
-use std::{
-    collections::BTreeMap,
-    num::NonZeroU32,
-    time::Duration,
-};
+use std::{collections::BTreeMap, num::NonZeroU32, time::Duration};
 
 use governor::{
     Quota, RateLimiter,
-    clock::{Clock, Reference as _},
+    clock::Clock,
     middleware::NoOpMiddleware,
     state::{InMemoryState, NotKeyed, keyed::HashMapStateStore},
 };
@@ -45,7 +41,12 @@ pub(super) struct Queue {
 impl Queue {
     pub(super) fn new(rate: Rate) -> Self {
         let clock = TokioClock::new();
-        Self { waiting: BTreeMap::new(), arrivals: 0, bucket: RateLimiter::direct_with_clock(rate.quota(), clock), clock }
+        Self {
+            waiting: BTreeMap::new(),
+            arrivals: 0,
+            bucket: RateLimiter::direct_with_clock(rate.quota(), clock),
+            clock,
+        }
     }
 
     /// Puts `id` at the end of its priority; returns its rank there.
@@ -57,10 +58,6 @@ impl Queue {
 
     pub(super) fn remove(&mut self, priority: Priority, rank: u64) {
         self.waiting.remove(&(priority, rank));
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.waiting.is_empty()
     }
 
     /// The best of those that wait if there is a token for it, else how long until there is one.

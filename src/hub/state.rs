@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// Retries of a failed renewal: from one second to five minutes apart, always before the certificate ends.
-const RETRY: Backoff = Backoff { first: Duration::from_secs(1), max: Duration::from_secs(300) };
+const RETRY: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(300));
 
 pub(super) struct State {
     pub(super) entries: HashMap<u128, Entry>,
@@ -223,12 +223,7 @@ impl State {
     }
 
     /// A flight of `id` has ended: with a certificate and the roots its signer publishes now, or with an error.
-    pub(super) fn landed(
-        &mut self,
-        id: u128,
-        outcome: Result<(Credential, Arc<Bundle>), HubError>,
-        now: SystemTime,
-    ) {
+    pub(super) fn landed(&mut self, id: u128, outcome: Result<(Credential, Arc<Bundle>), HubError>, now: SystemTime) {
         let Some(entry) = self.entries.get_mut(&id) else { return };
         entry.flight = Flight::Idle;
         let sequence = next_sequence(&mut self.sequence, now);
@@ -254,9 +249,8 @@ impl State {
                 let not_after = entry.snapshot.borrow().live().map(|live| live.credential.not_after());
                 let Some(not_after) = not_after else { return self.end(id, Snapshot::Failed(error)) };
                 entry.failures = entry.failures.saturating_add(1);
-                let wait = RETRY.delay(entry.failures, &mut self.rng);
-                let left = not_after.duration_since(now).unwrap_or(RETRY.max);
-                let retry_at = now + wait.min((left / 2).max(RETRY.first));
+                let left = not_after.duration_since(now).unwrap_or_default();
+                let retry_at = now + RETRY.bounded_by(left, entry.failures, &mut self.rng);
                 let delay = Arc::new(Delay { reason: error.reason(), message: error.to_string(), retry_at });
                 self.change(id, |live| live.delay = Some((sequence, delay)));
                 self.reschedule(id, now);

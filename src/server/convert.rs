@@ -40,7 +40,9 @@ pub(super) enum RequestError {
     #[error("held.pkcs10: {0}")]
     Csr(#[from] CsrError),
     /// Names beside a PKCS#10 request.
-    #[error("with held.pkcs10 the names are those of the PKCS#10 request; leave common_name, organizations, dns_names, ip_addresses and uris empty")]
+    #[error(
+        "with held.pkcs10 the names are those of the PKCS#10 request; leave common_name, organizations, dns_names, ip_addresses and uris empty"
+    )]
     NamesTwice,
     /// An enum value that this agent does not know.
     #[error("{field}: {value} is not a value that this agent knows")]
@@ -92,13 +94,8 @@ pub(super) fn ask(request: Option<v1::CertificateRequest>) -> Result<(Ask, Optio
     let lifetime = request.lifetime.map(lifetime).transpose()?;
     let signer = optional_name("signer_name", request.signer_name)?;
     let policy = optional_name("policy", request.policy)?;
-    let given = names(
-        request.common_name,
-        request.organizations,
-        &request.dns_names,
-        &request.ip_addresses,
-        request.uris,
-    )?;
+    let given =
+        names(request.common_name, request.organizations, &request.dns_names, &request.ip_addresses, request.uris)?;
     let (names, key, held) = match request.key {
         Some(v1::certificate_request::Key::Held(held)) => {
             if !given.is_empty() {
@@ -191,8 +188,8 @@ pub(super) fn certificate(id: &str, live: &Live) -> v1::Certificate {
         certificate_id: id.to_owned(),
         sequence: live.issued,
         certificate_chain: credential.chain_pem(),
-        private_key: credential.key_pem().unwrap_or_default(),
-        trust_bundle: live.bundle.1.pem(),
+        private_key: credential.private_key_pem().unwrap_or_default(),
+        trust_bundle: live.bundle.1.to_pem().into(),
         serial_number: credential.chain().serial_hex(),
         not_before: Some(timestamp(credential.not_before())),
         not_after: Some(timestamp(credential.not_after())),
@@ -224,7 +221,7 @@ pub(super) fn credential_status(row: &Row) -> v1::CredentialStatus {
 /// One policy as the caller may see it.
 pub(super) fn policy_view(view: View) -> v1::PolicyView {
     let View { policy, matches, mismatch, grants, offers } = view;
-    v1::PolicyView { name: policy, matches, mismatch: mismatch.unwrap_or_default(), grants, offers }
+    v1::PolicyView { name: policy, matches, mismatch, grants, offers }
 }
 
 pub(super) fn timestamp(time: SystemTime) -> prost_types::Timestamp {

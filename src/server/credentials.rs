@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
 
-use super::{Connection, Engine, convert, status};
+use super::{Connection, Engine, convert};
 use crate::proto::v1;
 
 /// The service.
@@ -25,7 +25,7 @@ impl v1::status_service_server::StatusService for Credentials {
         request: Request<v1::ListCredentialsRequest>,
     ) -> Result<Response<v1::ListCredentialsResponse>, Status> {
         let connection = request.extensions().get::<Arc<Connection>>().expect("the server sets it");
-        let caller = connection.workload(&self.engine.attestor).await.map_err(|error| status::attestation(&error))?;
+        let caller = connection.workload(&self.engine).await?;
         let uid = caller.unix().uid;
         let operator = uid == 0 || uid == self.engine.operator_uid;
         let rows = self.engine.hub.rows(|workload| operator || *workload == *caller);

@@ -12,7 +12,11 @@ use tokio_stream::{Stream, StreamExt as _, wrappers::WatchStream};
 use tonic::{Code, Request, Response, Status};
 use tracing::Instrument as _;
 
-use super::{CallSpan, Connection, Engine, convert, limits::{Place, Tally}, status};
+use super::{
+    CallSpan, Connection, Engine, convert,
+    limits::{Place, Tally},
+    status::Refusal,
+};
 use crate::{
     attest::Workload,
     metrics::{Counted, counted},
@@ -52,37 +56,26 @@ impl Issuance {
     async fn call<T>(&self, request: &Request<T>) -> Result<Call, Status> {
         let CallSpan(span) = request.extensions().get::<CallSpan>().expect("the server sets it").clone();
         let connection = request.extensions().get::<Arc<Connection>>().expect("the server sets it").clone();
-        let attested = connection.workload(&self.engine.attestor);
+        let attested = connection.workload(&self.engine);
         let attested = attested.instrument(tracing::debug_span!(parent: &span, "attest")).await;
-        match attested {
-            Ok(workload) => {
-                self.engine.metrics.attest.good();
-                Ok(Call { engine: self.engine.clone(), connection, workload, span })
-            }
-            Err(error) => {
-                self.engine.metrics.attest.bad(error.reason());
-                tracing::warn!(parent: &span, reason = error.reason(), %error, "caller refused");
-                Err(ended(&span, status::attestation(&error)))
-            }
-        }
+        let workload = attested.map_err(|status| ended(&span, status))?;
+        Ok(Call { engine: self.engine.clone(), connection, workload, span })
     }
 
     /// A place for a stream of `call`.
     fn open(&self, call: &Call) -> Result<Open, Status> {
         let place = self.tally.stream(call.workload.principal());
-        let place = place.ok_or_else(|| status::too_many_streams(self.engine.limits.streams_per_principal))?;
+        let max = self.engine.limits.streams_per_principal;
+        let place = place.ok_or_else(|| ended(&call.span, Refusal::too_many_streams(max)))?;
         Ok(Open { _place: place, _counted: counted(&self.engine.metrics.subscribers) })
     }
 }
 
 impl Call {
     /// Whether the process behind the call is still the workload that it was at the start.
-    async fn check_unchanged(&self) -> Result<(), Status> {
-        match self.connection.workload(&self.engine.attestor).await {
-            Ok(workload) if workload == self.workload => Ok(()),
-            Ok(_) => Err(status::changed()),
-            Err(error) => Err(status::attestation(&error)),
-        }
+    async fn check_unchanged(&self) -> Result<(), Refusal> {
+        let now = self.connection.workload(&self.engine).await?;
+        if now == self.workload { Ok(()) } else { Err(Refusal::changed()) }
     }
 }
 
@@ -104,7 +97,8 @@ impl v1::certificate_service_server::CertificateService for Issuance {
     ) -> Result<Response<Self::IssueCertificateStream>, Status> {
         let call = self.call(&request).await?;
         let open = self.open(&call)?;
-        let (ask, held) = convert::ask(request.into_inner().request).map_err(|error| ended(&call.span, error.into()))?;
+        let (ask, held) =
+            convert::ask(request.into_inner().request).map_err(|error| ended(&call.span, error.into()))?;
         Ok(Response::new(Box::pin(issue::answers(call, ask, held, open))))
     }
 
@@ -134,18 +128,21 @@ impl v1::certificate_service_server::CertificateService for Issuance {
         let name = if name.is_empty() { &self.engine.default_signer } else { &name };
         let bundle = self.engine.hub.bundle(name).ok_or_else(|| {
             let message = format!("signer_name: this agent has no signer {name:.253?}");
-            ended(&call.span, status::refuse(Code::NotFound, "SIGNER_UNKNOWN", message))
+            ended(&call.span, Refusal::new(Code::NotFound, "SIGNER_UNKNOWN", message))
         })?;
         let stop = self.engine.stop.clone();
         let bundles = WatchStream::new(bundle).map(move |bundle| {
             let _ = &open;
-            Ok(v1::WatchTrustBundleResponse { trust_bundle: bundle.pem(), sha256_fingerprints: bundle.fingerprints() })
+            Ok(v1::WatchTrustBundleResponse {
+                trust_bundle: bundle.to_pem().into(),
+                sha256_fingerprints: bundle.fingerprints(),
+            })
         });
         let stopped = tokio_stream::once(()).then(move |()| {
             let stop = stop.clone();
             async move {
                 stop.cancelled().await;
-                Err(status::stopping())
+                Err(Refusal::stopping().into())
             }
         });
         Ok(Response::new(Box::pin(until_error(bundles.merge(stopped)))))
@@ -159,7 +156,7 @@ fn until_error<T>(stream: impl Stream<Item = Result<T, Status>>) -> impl Stream<
 }
 
 /// Writes into the call's span how it ended.
-fn ended(span: &tracing::Span, status: Status) -> Status {
-    telemetry::record_status(span, status.code() as i32, status.message());
-    status
+fn ended(span: &tracing::Span, refusal: Refusal) -> Status {
+    telemetry::record_status(span, refusal.code as i32, refusal.reason);
+    refusal.into()
 }

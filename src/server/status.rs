@@ -4,7 +4,7 @@
 //! PERMISSION_DENIED is for real refusals: clients of the SPIFFE kind never come back from it. What may pass by itself
 //! is UNAVAILABLE; what the caller has to change is INVALID_ARGUMENT; a bound is RESOURCE_EXHAUSTED.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, error::Error};
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
@@ -13,48 +13,81 @@ use super::convert::RequestError;
 use crate::{attest::AttestError, hub::HubError};
 
 /// The domain of every reason (google.rpc.ErrorInfo.domain).
-pub const DOMAIN: &str = "csrd.dev";
+const DOMAIN: &str = "csrd.dev";
 
-impl From<RequestError> for Status {
-    fn from(error: RequestError) -> Self {
-        refuse(Code::InvalidArgument, error.reason(), error.to_string())
+/// What a caller is told in place of an answer.
+#[derive(Clone, Debug)]
+pub(super) struct Refusal {
+    pub(super) code: Code,
+    /// From a closed set.
+    pub(super) reason: &'static str,
+    pub(super) message: String,
+}
+
+impl Refusal {
+    pub(super) fn new(code: Code, reason: &'static str, message: impl Into<String>) -> Self {
+        Self { code, reason, message: message.into() }
+    }
+
+    /// The agent is going away; the caller should come back.
+    pub(super) fn stopping() -> Self {
+        Self::new(Code::Unavailable, "AGENT_STOPPING", "the agent is stopping; call again")
+    }
+
+    /// The process behind an open stream is no longer the workload that opened it.
+    pub(super) fn changed() -> Self {
+        let message = "the process behind this stream is no longer the workload that opened it; connect again";
+        Self::new(Code::PermissionDenied, "PEER_CHANGED", message)
+    }
+
+    /// The principal has as many streams open as it may.
+    pub(super) fn too_many_streams(max: usize) -> Self {
+        let message =
+            format!("streams: {max} are open for this workload's user, at most {max} allowed; close some first");
+        Self::new(Code::ResourceExhausted, "TOO_MANY_STREAMS", message)
     }
 }
 
-pub(super) fn attestation(error: &AttestError) -> Status {
-    let code = if error.is_transient() { Code::Unavailable } else { Code::PermissionDenied };
-    refuse(code, error.reason(), format!("the agent cannot tell who is calling: {error}"))
+impl From<Refusal> for Status {
+    fn from(refusal: Refusal) -> Self {
+        let details = ErrorDetails::with_error_info(refusal.reason, DOMAIN, HashMap::<String, String>::new());
+        Self::with_error_details(refusal.code, refusal.message, details)
+    }
 }
 
-pub(super) fn hub(error: &HubError) -> Status {
-    let code = match error {
-        HubError::Denied(_) => Code::PermissionDenied,
-        HubError::UnknownSigner { .. } => Code::FailedPrecondition,
-        HubError::RateLimited { .. } | HubError::TooMany { .. } => Code::ResourceExhausted,
-        HubError::Issue(error) if !error.is_transient() => Code::Internal,
-        HubError::Issue(_) | HubError::TimedOut | HubError::Expired(_) | HubError::Stopping => Code::Unavailable,
-    };
-    refuse(code, error.reason(), error.to_string())
+impl From<RequestError> for Refusal {
+    fn from(error: RequestError) -> Self {
+        Self::new(Code::InvalidArgument, error.reason(), error.to_string())
+    }
 }
 
-/// The agent is going away; the caller should come back.
-pub(super) fn stopping() -> Status {
-    refuse(Code::Unavailable, "AGENT_STOPPING", "the agent is stopping; call again".to_owned())
+impl From<&AttestError> for Refusal {
+    fn from(error: &AttestError) -> Self {
+        let code = if error.is_transient() { Code::Unavailable } else { Code::PermissionDenied };
+        Self::new(code, error.reason(), format!("the agent cannot tell who is calling: {}", with_causes(error)))
+    }
 }
 
-/// The process behind an open stream is no longer the workload that opened it.
-pub(super) fn changed() -> Status {
-    let message = "the process behind this stream is no longer the workload that opened it; connect again";
-    refuse(Code::PermissionDenied, "PEER_CHANGED", message.to_owned())
+impl From<&HubError> for Refusal {
+    fn from(error: &HubError) -> Self {
+        let code = match error {
+            HubError::Denied(_) => Code::PermissionDenied,
+            HubError::UnknownSigner { .. } => Code::FailedPrecondition,
+            HubError::RateLimited { .. } | HubError::TooMany { .. } => Code::ResourceExhausted,
+            HubError::Issue(error) if !error.is_transient() => Code::Internal,
+            HubError::Issue(_) | HubError::TimedOut | HubError::Expired(_) | HubError::Stopping => Code::Unavailable,
+        };
+        Self::new(code, error.reason(), with_causes(error))
+    }
 }
 
-/// The principal has as many streams open as it may.
-pub(super) fn too_many_streams(max: usize) -> Status {
-    let message = format!("streams: {max} are open for this workload's user, at most {max} allowed; close some first");
-    refuse(Code::ResourceExhausted, "TOO_MANY_STREAMS", message)
-}
-
-pub(super) fn refuse(code: Code, reason: &'static str, message: String) -> Status {
-    let details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::<String, String>::new());
-    Status::with_error_details(code, message, details)
+/// The error and what is behind it, in one line: a refusal without its reason helps nobody.
+fn with_causes(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
 }

@@ -16,7 +16,7 @@ use crate::{
     hub::{Event, Held, HubError, Step},
     policy::Ask,
     proto::v1::{self, StageKind, issue_certificate_response},
-    server::{STOP_GRACE, convert, status},
+    server::{STOP_GRACE, convert, status::Refusal},
     signer::Stage,
 };
 
@@ -26,11 +26,10 @@ const MAX_STAGES: usize = 8;
 struct State {
     call: Call,
     _open: Open,
-    began: Instant,
     stages: mpsc::Receiver<v1::Stage>,
     /// `None` once it has ended.
     work: Option<Pin<Box<dyn Future<Output = Result<v1::Certificate, HubError>> + Send>>>,
-    outcome: Option<Result<v1::Certificate, Status>>,
+    outcome: Option<Result<v1::Certificate, Refusal>>,
 }
 
 /// The answers to `call`.
@@ -65,7 +64,7 @@ pub(super) fn answers(
         }
     };
     let work = Some(Box::pin(work.instrument(span)) as _);
-    let state = State { call, _open: open, began, stages, work, outcome: None };
+    let state = State { call, _open: open, stages, work, outcome: None };
     stream::unfold(state, |mut state| async {
         let answer = next(&mut state).await?;
         Some((answer, state))
@@ -87,11 +86,11 @@ async fn next(state: &mut State) -> Option<Result<v1::IssueCertificateResponse, 
             Some(stage) = state.stages.recv() => return Some(Ok(answer(issue_certificate_response::Event::Stage(stage)))),
             outcome = work => {
                 state.work = None;
-                state.outcome = Some(outcome.map_err(|error| status::hub(&error)));
+                state.outcome = Some(outcome.map_err(|error| Refusal::from(&error)));
             }
             () = given_up(&state.call) => {
                 state.work = None;
-                state.outcome = Some(Err(status::stopping()));
+                state.outcome = Some(Err(Refusal::stopping()));
             }
         }
     }
@@ -100,7 +99,7 @@ async fn next(state: &mut State) -> Option<Result<v1::IssueCertificateResponse, 
 /// Hands the certificate over, to the process that asked for it and no other.
 async fn deliver(
     call: &Call,
-    outcome: Result<v1::Certificate, Status>,
+    outcome: Result<v1::Certificate, Refusal>,
 ) -> Result<v1::IssueCertificateResponse, Status> {
     let delivery = async {
         let certificate = outcome?;
@@ -108,7 +107,7 @@ async fn deliver(
         Ok(answer(issue_certificate_response::Event::Certificate(certificate)))
     };
     let delivered = delivery.instrument(tracing::debug_span!(parent: &call.span, "deliver")).await;
-    delivered.map_err(|status| ended(&call.span, status))
+    delivered.map_err(|refusal: Refusal| ended(&call.span, refusal))
 }
 
 /// Ends when the agent has been told to stop and an issuance under way has had its time.

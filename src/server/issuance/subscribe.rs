@@ -9,7 +9,7 @@ use super::{Call, Open, ended};
 use crate::{
     hub::{Event, HubError, Subscription},
     proto::v1::{self, subscribe_response},
-    server::{convert, status},
+    server::{convert, status::Refusal},
 };
 
 struct State {
@@ -19,26 +19,27 @@ struct State {
     /// Set when the first certificate of the stream has gone out: the ones after it are renewals.
     begun: bool,
     /// Set by the event after which there is nothing more but this status.
-    last: Option<Status>,
+    last: Option<Refusal>,
     over: bool,
 }
 
 /// The credential that `request` names by id, or by what is asked for.
-pub(super) async fn find(call: &Call, request: v1::SubscribeRequest) -> Result<Subscription, Status> {
+pub(super) async fn find(call: &Call, request: v1::SubscribeRequest) -> Result<Subscription, Refusal> {
     let hub = &call.engine.hub;
     let by_id = !request.certificate_id.is_empty();
     if by_id {
         let resumed = hub.resume(&call.workload, &request.certificate_id, request.after_sequence).await;
-        if let Some(subscription) = resumed.map_err(|error| status::hub(&error))? {
+        if let Some(subscription) = resumed.map_err(|error| Refusal::from(&error))? {
             return Ok(subscription);
         }
     }
     if request.request.is_none() && by_id {
-        let message = "certificate_id: this agent has no such certificate of yours; it may have restarted: send a request";
-        return Err(status::refuse(Code::NotFound, "CERTIFICATE_UNKNOWN", message.to_owned()));
+        let message =
+            "certificate_id: this agent has no such certificate of yours; it may have restarted: send a request";
+        return Err(Refusal::new(Code::NotFound, "CERTIFICATE_UNKNOWN", message));
     }
     let (ask, held) = convert::ask(request.request)?;
-    hub.subscribe(call.workload.clone(), ask, held).await.map_err(|error| status::hub(&error))
+    hub.subscribe(call.workload.clone(), ask, held).await.map_err(|error| Refusal::from(&error))
 }
 
 /// The answers to `call`. A subscription that was resumed has seen a certificate already.
@@ -61,20 +62,21 @@ async fn next(state: &mut State) -> Option<Result<v1::SubscribeResponse, Status>
     if state.over {
         return None;
     }
-    if let Some(status) = state.last.take() {
-        return Some(Err(ended(&state.call.span, status)));
+    if let Some(refusal) = state.last.take() {
+        return Some(Err(ended(&state.call.span, refusal)));
     }
     let event = tokio::select! {
         biased;
         event = state.subscription.next() => event,
-        () = state.call.engine.stop.cancelled() => return Some(Err(ended(&state.call.span, status::stopping()))),
+        () = state.call.engine.stop.cancelled() => return Some(Err(ended(&state.call.span, Refusal::stopping()))),
     };
-    let answer = deliver(state, event).instrument(tracing::debug_span!(parent: &state.call.span, "deliver")).await;
-    Some(answer.map_err(|status| ended(&state.call.span, status)))
+    let span = tracing::debug_span!(parent: &state.call.span, "deliver");
+    let answer = deliver(state, event).instrument(span).await;
+    Some(answer.map_err(|refusal| ended(&state.call.span, refusal)))
 }
 
 /// Turns an event into an answer for the process that opened the stream, and no other.
-async fn deliver(state: &mut State, event: Event) -> Result<v1::SubscribeResponse, Status> {
+async fn deliver(state: &mut State, event: Event) -> Result<v1::SubscribeResponse, Refusal> {
     state.call.check_unchanged().await?;
     let sequence = event.sequence().unwrap_or_default();
     let event = match event {
@@ -86,9 +88,9 @@ async fn deliver(state: &mut State, event: Event) -> Result<v1::SubscribeRespons
                 subscribe_response::Event::Current(v1::Current { certificate })
             }
         }
-        Event::Bundle(_, bundle) => {
-            subscribe_response::Event::TrustBundleUpdated(v1::TrustBundleUpdated { trust_bundle: bundle.pem() })
-        }
+        Event::Bundle(_, bundle) => subscribe_response::Event::TrustBundleUpdated(v1::TrustBundleUpdated {
+            trust_bundle: bundle.to_pem().into(),
+        }),
         Event::Delayed(_, delay, live) => subscribe_response::Event::RenewalDelayed(v1::RenewalDelayed {
             reason: delay.reason.to_owned(),
             message: delay.message.clone(),
@@ -100,10 +102,10 @@ async fn deliver(state: &mut State, event: Event) -> Result<v1::SubscribeRespons
         }),
         Event::Denied(_, denial) => {
             let (reason, message) = (denial.reason().to_owned(), denial.to_string());
-            state.last = Some(status::hub(&HubError::Denied(denial)));
+            state.last = Some(Refusal::from(&HubError::Denied(denial)));
             subscribe_response::Event::Denied(v1::Denied { reason, message })
         }
-        Event::Ended(error) => return Err(status::hub(&error)),
+        Event::Ended(error) => return Err(Refusal::from(&error)),
     };
     Ok(v1::SubscribeResponse { sequence, event: Some(event) })
 }

@@ -1,3 +1,4 @@
 //! The one integration test binary, so that everything links once.
 
+mod telemetry;
 mod tidy;

@@ -1,0 +1,187 @@
+//! What operators see beside metrics: log lines, and traces over OTLP.
+//!
+//! One subscriber serves both. Log lines carry `trace_id` and `span_id` when they belong to a trace. Spans are made at
+//! debug level under the target `csrd` and sent only when an `OTEL_*` variable names a collector (see [`Variables`]);
+//! otherwise the filter's level disables them before anything is evaluated. Only spans are sent, never log lines, and a
+//! span holds names from closed sets and none of a request's content. A collector that is down or slow affects nothing
+//! else.
+//!
+//! | variable | meaning |
+//! |---|---|
+//! | `OTEL_EXPORTER_OTLP_ENDPOINT`, `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT` | the collector's `http://` URL; traces are off without one |
+//! | `OTEL_EXPORTER_OTLP_PROTOCOL`, `…_TRACES_PROTOCOL` | `http/protobuf` (default) or `grpc` |
+//! | `OTEL_EXPORTER_OTLP_HEADERS`, `…_TRACES_HEADERS` | headers of each export, `key=value,…` |
+//! | `OTEL_EXPORTER_OTLP_TIMEOUT`, `…_TRACES_TIMEOUT` | bound of one export with its retries, in ms (10000) |
+//! | `OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES` | the resource; the name is `csrd` by default |
+//! | `OTEL_TRACES_SAMPLER`, `OTEL_TRACES_SAMPLER_ARG` | `parentbased_always_on` by default |
+//! | `OTEL_TRACES_EXPORTER=none`, `OTEL_SDK_DISABLED=true` | switch traces off |
+//! | `OTEL_BSP_SCHEDULE_DELAY`, `…_MAX_QUEUE_SIZE`, `…_MAX_EXPORT_BATCH_SIZE` | batches: ms (5000), spans (2048), spans (512) |
+
+mod export;
+mod lines;
+mod span;
+mod variables;
+
+use std::time::Duration;
+
+use opentelemetry::trace::TracerProvider;
+use opentelemetry_otlp::ExporterBuildError;
+use opentelemetry_sdk::trace::{BatchSpanProcessor, SdkTracer, SdkTracerProvider};
+use tracing::{Dispatch, Metadata, Subscriber};
+use tracing_subscriber::{
+    Layer, Registry,
+    filter::{LevelFilter, ParseError, Targets, filter_fn},
+    fmt::{
+        MakeWriter,
+        format::{DefaultFields, JsonFields},
+    },
+    layer::SubscriberExt,
+    registry::LookupSpan,
+};
+
+pub use span::{call_span, current, inject, link, record_status, renew_span, rpc_span, traceparent};
+pub use variables::Variables;
+
+use export::{Exporter, LateDispatch};
+use lines::{JsonLines, TextLines};
+use variables::Traces;
+
+/// The longest that [`Telemetry::shutdown`] waits for the collector.
+pub const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The target that our spans are made under, as are those of the modules below it.
+const TARGET: &str = "csrd";
+
+/// How log lines look and which are written.
+#[derive(Clone, Debug)]
+pub struct Log {
+    /// Their form.
+    pub format: LogFormat,
+    /// `LEVEL` or `TARGET=LEVEL`, comma-separated.
+    pub filter: String,
+    /// Whether text is coloured.
+    pub ansi: bool,
+}
+
+/// The form of log lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One object a line.
+    Json,
+}
+
+/// Why there is no telemetry.
+#[derive(Debug, thiserror::Error)]
+pub enum TelemetryError {
+    /// The filter does not parse.
+    #[error("log filter {filter:?} is not a list of LEVEL or TARGET=LEVEL")]
+    Filter {
+        /// What was given.
+        filter: String,
+        /// Where it went wrong.
+        source: ParseError,
+    },
+    /// A variable has a value that cannot be used.
+    #[error("{name} {problem}, not {value:?}")]
+    Variable {
+        /// Its name.
+        name: String,
+        /// Its value.
+        value: String,
+        /// What it must be.
+        problem: &'static str,
+    },
+    /// A variable is not a list of pairs; its value may hold credentials.
+    #[error("{name} must be KEY=VALUE,… with percent-encoded values")]
+    List {
+        /// Its name.
+        name: String,
+    },
+    /// The exporter's runtime could not be made, for want of descriptors.
+    #[error("cannot start the trace exporter's runtime")]
+    Runtime(#[source] std::io::Error),
+    /// The exporter does not accept what the variables say.
+    #[error("cannot make the trace exporter")]
+    Exporter(#[from] ExporterBuildError),
+}
+
+/// Sends what is left when the process ends.
+#[derive(Debug)]
+pub struct Telemetry {
+    traces: Option<SdkTracerProvider>,
+}
+
+impl Telemetry {
+    /// Makes the subscriber that the process installs, writing log lines to `writer`.
+    ///
+    /// # Errors
+    /// When the filter or a variable cannot be used. A collector that cannot be reached is no error.
+    pub fn new<W>(log: &Log, variables: &Variables, writer: W) -> Result<(Dispatch, Self), TelemetryError>
+    where
+        W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+    {
+        let late = LateDispatch::default();
+        let traces = match Traces::from_variables(variables)? {
+            Some(traces) => Some(provider(traces, late.clone())?),
+            None => None,
+        };
+        let filter: Targets =
+            log.filter.parse().map_err(|source| TelemetryError::Filter { filter: log.filter.clone(), source })?;
+        // Without spans to send the filter stands before everything, so that what it refuses is never evaluated.
+        let dispatch = match &traces {
+            Some(provider) => Dispatch::new(
+                Registry::default().with(spans(provider.tracer(TARGET))).with(lines(log, writer).with_filter(filter)),
+            ),
+            None => Dispatch::new(Registry::default().with(filter).with(lines(log, writer))),
+        };
+        late.set(dispatch.downgrade()).expect("set once");
+        Ok((dispatch, Self { traces }))
+    }
+
+    /// Sends the spans that are left, waiting at most [`SHUTDOWN_TIMEOUT`]. Blocks; call it after the runtime's end.
+    pub fn shutdown(self) {
+        if let Some(provider) = self.traces {
+            // What cannot be sent has been logged by the exporter.
+            let _ = provider.shutdown_with_timeout(SHUTDOWN_TIMEOUT);
+        }
+    }
+}
+
+fn provider(traces: Traces, log: LateDispatch) -> Result<SdkTracerProvider, TelemetryError> {
+    let exporter = Exporter::new(&traces, log)?;
+    let batches = BatchSpanProcessor::builder(exporter).with_batch_config(traces.batch).build();
+    Ok(SdkTracerProvider::builder()
+        .with_span_processor(batches)
+        .with_sampler(traces.sampler)
+        .with_resource(traces.resource)
+        .build())
+}
+
+fn spans<S: Subscriber + for<'a> LookupSpan<'a>>(tracer: SdkTracer) -> impl Layer<S> {
+    tracing_opentelemetry::layer()
+        .with_tracer(tracer)
+        .with_location(false)
+        .with_threads(false)
+        .with_target(false)
+        .with_tracked_inactivity(false)
+        .with_filter(filter_fn(is_our_span).with_max_level_hint(LevelFilter::DEBUG))
+}
+
+fn lines<S, W>(log: &Log, writer: W) -> Box<dyn Layer<S> + Send + Sync>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    let layer = tracing_subscriber::fmt::layer().with_writer(writer);
+    match log.format {
+        LogFormat::Text => layer.fmt_fields(DefaultFields::new()).event_format(TextLines::new(log.ansi)).boxed(),
+        LogFormat::Json => layer.fmt_fields(JsonFields::new()).event_format(JsonLines::new()).boxed(),
+    }
+}
+
+fn is_our_span(metadata: &Metadata<'_>) -> bool {
+    let ours = metadata.target().strip_prefix(TARGET).is_some_and(|rest| rest.is_empty() || rest.starts_with("::"));
+    metadata.is_span() && ours
+}

@@ -41,6 +41,11 @@ impl Workload {
         &self.unix
     }
 
+    /// Whom bounds are counted for: the user, of whom one may run any number of processes.
+    pub fn principal(&self) -> u64 {
+        self.unix.uid.into()
+    }
+
     /// Facts by the names that templates and `csrd whoami` use, with their text values.
     pub fn facts(&self) -> BTreeMap<&'static str, String> {
         let unix = &self.unix;

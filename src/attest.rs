@@ -27,7 +27,7 @@ use self::{
 pub use self::{
     kernel::Capabilities,
     peer::Peer,
-    stream::PeerStream,
+    stream::{PeerStream, prepare_listener},
     workload::{UnixFacts, Workload},
 };
 use crate::clock::Clock;
@@ -52,6 +52,7 @@ const OVERFLOW_ID: u32 = 65534;
 /// Attests processes of this host.
 #[derive(Debug)]
 pub struct Attestor {
+    capabilities: Capabilities,
     executables: Executables,
     hash_executables: AtomicBool,
     users: Names,
@@ -68,14 +69,25 @@ struct Attested {
 }
 
 impl Attestor {
-    /// An attestor that takes names from `/etc/passwd` and `/etc/group`.
-    pub fn new(clock: Clock) -> Self {
+    /// An attestor that uses all that this kernel offers, and takes names from `/etc/passwd` and `/etc/group`.
+    pub fn new() -> Self {
+        Self::with_capabilities(Capabilities::probe())
+    }
+
+    /// An attestor that uses no more than these capabilities, as on an older kernel.
+    pub fn with_capabilities(capabilities: Capabilities) -> Self {
         Self {
-            executables: Executables::new(clock),
+            capabilities,
+            executables: Executables::new(Clock::system()),
             hash_executables: AtomicBool::new(false),
             users: Names::in_file("/etc/passwd"),
             groups: Names::in_file("/etc/group"),
         }
+    }
+
+    /// What it uses of this kernel, for the log at start.
+    pub fn capabilities(&self) -> Capabilities {
+        self.capabilities
     }
 
     /// Whether the SHA-256 of executables is a fact from now on. It is when a policy asks for it.
@@ -152,6 +164,12 @@ impl Attestor {
     }
 }
 
+impl Default for Attestor {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 /// Whoever is at the other end of a connection.
 #[derive(Clone, Debug)]
 pub enum Caller {
@@ -186,7 +204,7 @@ impl Caller {
 }
 
 /// Why a caller was not attested.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AttestError {
     /// There is nobody left to attest.
@@ -248,7 +266,7 @@ pub enum AttestError {
         /// What was read.
         what: &'static str,
         /// Why not.
-        source: io::Error,
+        source: Arc<io::Error>,
     },
 }
 

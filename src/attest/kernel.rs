@@ -7,7 +7,6 @@ use std::{
     fmt, io,
     mem::{self, MaybeUninit},
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
-    sync::OnceLock,
 };
 
 use rustix::{
@@ -38,15 +37,14 @@ pub struct Capabilities {
 }
 
 impl Capabilities {
-    /// What this kernel offers this process; found out once.
+    /// What this kernel offers this process.
     pub fn probe() -> Self {
-        static FOUND: OnceLock<Capabilities> = OnceLock::new();
-        *FOUND.get_or_init(|| Self {
+        Self {
             peer_pidfd: has_peer_pidfd(),
             pidfd_info: has_pidfd_info(),
             host_cgroups: in_host_cgroup_namespace(),
             all_users: maps_all_users(),
-        })
+        }
     }
 }
 

@@ -7,19 +7,20 @@
 use std::{
     fmt, io,
     os::fd::{AsFd, OwnedFd},
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
     io::Errno,
+    net::sockopt,
     process::{Pid, PidfdFlags},
     time::ClockId,
 };
 use tokio::{io::unix::AsyncFd, net::UnixStream};
 
 use super::{
-    AttestError, Attested,
+    AttestError, Attested, Attestor,
     kernel::{self, Capabilities, Sender},
     proc::{FileId, ProcHandle},
 };
@@ -53,19 +54,15 @@ pub(super) struct Observation {
 }
 
 impl Peer {
-    /// Takes hold of the process that connected `stream`. Call it as soon as the connection is accepted, on a tokio runtime.
+    /// Takes hold of the process that connected `stream`, and makes the kernel name the writer of all that is read from it.
+    /// Call it as soon as the connection is accepted, on a tokio runtime.
     ///
     /// # Errors
     /// The process has exited, or cannot be seen from here: see [`AttestError`].
-    pub fn of(stream: &UnixStream) -> Result<Self, AttestError> {
-        Self::with(stream, Capabilities::probe())
-    }
-
-    /// [`Peer::of`] with no more than these capabilities, as on an older kernel.
-    ///
-    /// # Errors
-    /// As [`Peer::of`]; also if the kernel lacks one of them.
-    pub fn with(stream: &UnixStream, capabilities: Capabilities) -> Result<Self, AttestError> {
+    pub fn of(stream: &UnixStream, attestor: &Attestor) -> Result<Self, AttestError> {
+        let capabilities = attestor.capabilities();
+        // Inherited from a prepared listener; without one, what was written before now has no writer and is refused.
+        sockopt::set_socket_passcred(stream, true).map_err(|error| unreadable("SO_PASSCRED")(error.into()))?;
         let connected = stream.peer_cred().map_err(unreadable("SO_PEERCRED"))?;
         let pid = connected.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid != 0);
         let pid = pid.ok_or(AttestError::ForeignPidNamespace)?;
@@ -211,5 +208,5 @@ pub(super) fn gone_or(what: &'static str) -> impl Fn(io::Error) -> AttestError {
 }
 
 fn unreadable(what: &'static str) -> impl Fn(io::Error) -> AttestError {
-    move |source| AttestError::Unreadable { what, source }
+    move |source| AttestError::Unreadable { what, source: Arc::new(source) }
 }

@@ -12,6 +12,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
+use rustix::net::sockopt;
 use tokio::{
     io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::UnixStream,
@@ -19,30 +20,25 @@ use tokio::{
 
 use super::{AttestError, Peer, kernel};
 
-/// An accepted connection with its [`Peer`].
+/// A connection accepted from a prepared listener, with its [`Peer`].
 #[derive(Debug)]
 pub struct PeerStream {
     stream: UnixStream,
     peer: Arc<Peer>,
 }
 
+/// Makes the kernel name the writers on every connection accepted from `listener` hereafter, from their first byte on.
+///
+/// # Errors
+/// `listener` is no unix socket.
+pub fn prepare_listener(listener: impl AsFd) -> io::Result<()> {
+    Ok(sockopt::set_socket_passcred(listener, true)?)
+}
+
 impl PeerStream {
-    /// Makes the kernel name the writers on every connection accepted from `listener` hereafter, from their first byte on.
-    ///
-    /// # Errors
-    /// `listener` is no unix socket.
-    pub fn prepare(listener: impl AsFd) -> io::Result<()> {
-        Ok(rustix::net::sockopt::set_socket_passcred(listener, true)?)
-    }
-
-    /// Guards a connection that was accepted from a prepared listener and made by `peer`.
-    pub fn new(stream: UnixStream, peer: Arc<Peer>) -> Self {
-        Self { stream, peer }
-    }
-
-    /// The process that connected.
-    pub fn peer(&self) -> &Arc<Peer> {
-        &self.peer
+    /// The connection that `peer` was taken hold of by.
+    pub fn new(stream: UnixStream, peer: &Arc<Peer>) -> Self {
+        Self { stream, peer: Arc::clone(peer) }
     }
 
     fn receive(&self, buffer: &mut ReadBuf<'_>) -> io::Result<()> {

@@ -41,7 +41,7 @@ impl Workload {
         &self.unix
     }
 
-    /// Who bears the bounds on what one caller may hold and ask for: on a host, the user.
+    /// Whom bounds are counted for: the user, of whom one may run any number of processes.
     pub fn principal(&self) -> u64 {
         self.unix.uid.into()
     }

@@ -30,6 +30,7 @@
 pub mod attest;
 pub mod backoff;
 pub mod cli;
+pub mod client;
 pub mod clock;
 pub mod metrics;
 pub mod policy;

@@ -5,14 +5,20 @@
 //! only part that reads the environment (through clap, so that `--help` names every variable).
 
 pub mod completion;
+pub mod issue;
+pub mod request;
+pub mod status;
+pub mod whoami;
 
 use std::{
-    io::{self, Write as _},
+    io::{self, IsTerminal as _, Write as _},
     process::ExitCode,
 };
 
 use clap::Parser as _;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
+
+use crate::client::{ClientError, Code, output::Style};
 
 const EXIT_CODES: &str = "Exit codes:
    0  done
@@ -32,6 +38,9 @@ struct Cli {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
+    Issue(issue::Args),
+    Whoami(whoami::Args),
+    Status(status::Args),
     Completion(completion::Args),
 }
 
@@ -82,6 +91,9 @@ pub async fn run() -> ExitCode {
 impl Command {
     async fn run(self) -> anyhow::Result<ExitCode> {
         match self {
+            Self::Issue(args) => issue::run(args).await,
+            Self::Whoami(args) => whoami::run(args).await,
+            Self::Status(args) => status::run(args).await,
             Self::Completion(args) => completion::run(args, <Cli as clap::CommandFactory>::command()),
         }
     }
@@ -89,7 +101,15 @@ impl Command {
 
 /// The exit code for an error: the first one in its chain that has a code of its own.
 fn exit(error: &anyhow::Error) -> Exit {
-    let known = |cause: &(dyn std::error::Error + 'static)| cause.is::<UsageError>().then_some(Exit::Usage);
+    let known = |cause: &(dyn std::error::Error + 'static)| match cause.downcast_ref::<ClientError>() {
+        Some(error) => Some(match error.code {
+            Code::InvalidArgument => Exit::Usage,
+            Code::PermissionDenied => Exit::Denied,
+            Code::Unavailable => Exit::Unavailable,
+            _ => Exit::Failure,
+        }),
+        None => cause.is::<UsageError>().then_some(Exit::Usage),
+    };
     error.chain().find_map(known).unwrap_or(Exit::Failure)
 }
 
@@ -112,6 +132,20 @@ pub fn forbid_core_dumps() {
 pub fn forbid_tracing() {
     // PR_SET_DUMPABLE fails only for values other than 0 and 1 (PR_SET_DUMPABLE(2const)).
     let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+}
+
+/// How answers that are tables are shown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum TableFormat {
+    /// For people
+    #[default]
+    Table,
+    /// For programs
+    Json,
+}
+
+fn table_style() -> Style {
+    if io::stdout().is_terminal() { Style::Terminal } else { Style::Plain }
 }
 
 /// Writes what was asked for to stdout. A reader that has seen enough and closed the pipe (`| head`) is no error.
@@ -139,7 +173,12 @@ mod tests {
         fn check(error: anyhow::Error, expected: Exit) {
             assert_eq!(exit(&error), expected, "{error:#}");
         }
+        let answer = |code| ClientError { code, reason: "R".into(), message: "m".into() };
         check(anyhow::anyhow!("anything"), Exit::Failure);
+        check(answer(Code::InvalidArgument).into(), Exit::Usage);
+        check(answer(Code::PermissionDenied).into(), Exit::Denied);
+        check(answer(Code::Unavailable).into(), Exit::Unavailable);
+        check(answer(Code::Internal).into(), Exit::Failure);
         check(UsageError("--lifetime: not a duration".into()).into(), Exit::Usage);
         check(anyhow::Error::new(UsageError("no".into())).context("reading the request"), Exit::Usage);
     }

@@ -31,6 +31,7 @@ pub mod agent;
 pub mod attest;
 pub mod backoff;
 pub mod cli;
+pub mod client;
 pub mod clock;
 pub mod config;
 pub mod hub;

@@ -1,0 +1,215 @@
+//! Flags that `issue` and `watch` share: where the agent is and what to ask it for.
+//!
+//! Only what must be translated is judged here; names and bounds are the agent's to judge, so that there is one judge.
+
+use std::{
+    fs::File,
+    io::Read as _,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use jiff::SignedDuration;
+
+use super::UsageError;
+use crate::{
+    client::{self, Client, SocketPath},
+    proto::v1::{self, certificate_request::Key},
+    x509::{KeyAlgorithm, Usage},
+};
+
+/// Bytes in a PKCS#10 request (`HeldKey.pkcs10`).
+const MAX_CSR_BYTES: u64 = 16 * 1024;
+
+/// Where the agent is.
+#[derive(Debug, clap::Args)]
+pub struct SocketArgs {
+    /// The agent's socket
+    #[arg(long, env = "CSRD_SOCKET", value_name = "ADDRESS", default_value = client::DEFAULT_SOCKET, hide_env_values = true)]
+    socket: SocketPath,
+}
+
+impl SocketArgs {
+    /// A client of that agent.
+    pub fn client(self) -> Client {
+        Client::new(self.socket)
+    }
+}
+
+/// What to ask for.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Request (without any name: the policy's first offer)")]
+pub struct RequestArgs {
+    /// Subject common name
+    #[arg(long, value_name = "NAME")]
+    cn: Option<String>,
+    /// Subject organization; may be repeated, as may every name below
+    #[arg(long, value_name = "NAME")]
+    org: Vec<String>,
+    /// DNS name
+    #[arg(long, value_name = "NAME")]
+    dns: Vec<String>,
+    /// IP address
+    #[arg(long, value_name = "ADDRESS")]
+    ip: Vec<String>,
+    /// URI, for example a SPIFFE ID
+    #[arg(long, value_name = "URI")]
+    uri: Vec<String>,
+    /// server-auth, client-auth, digital-signature or key-encipherment; may be repeated [default: the first three]
+    #[arg(long, value_name = "USAGE", value_parser = usage)]
+    usage: Vec<Usage>,
+    /// Validity, for example 1h30m [default: the policy's]
+    #[arg(long, value_name = "DURATION", value_parser = lifetime)]
+    lifetime: Option<Duration>,
+    /// Key to be made: ecdsa-p256, ecdsa-p384, ed25519, rsa-2048, rsa-3072 or rsa-4096 [default: ecdsa-p256]
+    #[arg(long, value_name = "KIND", value_parser = key)]
+    key: Option<KeyAlgorithm>,
+    /// Signer [default: the policy's]
+    #[arg(long, value_name = "NAME")]
+    signer: Option<String>,
+    /// Policy to be judged by [default: any that allows all of it]
+    #[arg(long, value_name = "NAME")]
+    policy: Option<String>,
+    /// A PKCS#10 request of your own, PEM or DER: it brings the names, and its private key never leaves you
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["cn", "org", "dns", "ip", "uri", "key"])]
+    csr: Option<PathBuf>,
+}
+
+impl RequestArgs {
+    /// Whether the caller holds the key.
+    pub fn holds_key(&self) -> bool {
+        self.csr.is_some()
+    }
+
+    /// The request in the agent's words.
+    pub fn into_request(self) -> anyhow::Result<v1::CertificateRequest> {
+        let key = match &self.csr {
+            Some(path) => Key::Held(v1::HeldKey { pkcs10: read_csr(path)?.into(), rotate_key: false }),
+            None => Key::Generate(key_number(self.key.unwrap_or(KeyAlgorithm::EcdsaP256)).into()),
+        };
+        let seconds = |lifetime: Duration| i64::try_from(lifetime.as_secs()).expect("came from a signed number");
+        Ok(v1::CertificateRequest {
+            common_name: self.cn.unwrap_or_default(),
+            organizations: self.org,
+            dns_names: self.dns,
+            ip_addresses: self.ip,
+            uris: self.uri,
+            usages: self.usage.into_iter().map(|usage| usage_number(usage).into()).collect(),
+            lifetime: self.lifetime.map(|lifetime| prost_types::Duration { seconds: seconds(lifetime), nanos: 0 }),
+            signer_name: self.signer.unwrap_or_default(),
+            policy: self.policy.unwrap_or_default(),
+            key: Some(key),
+        })
+    }
+}
+
+fn read_csr(path: &Path) -> anyhow::Result<Vec<u8>> {
+    let refuse = |why: &str| UsageError(format!("--csr {}: {why}", path.display()));
+    let mut bytes = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(MAX_CSR_BYTES + 1).read_to_end(&mut bytes))
+        .with_context(|| refuse("cannot be read"))?;
+    if bytes.len() as u64 > MAX_CSR_BYTES {
+        return Err(refuse("it has more than 16 KiB").into());
+    }
+    if bytes.windows(11).any(|window| window == b"PRIVATE KEY") {
+        return Err(refuse("it holds a private key, which must stay with you; nothing was sent").into());
+    }
+    Ok(bytes)
+}
+
+fn usage(text: &str) -> Result<Usage, &'static str> {
+    let known = "must be server-auth, client-auth, digital-signature or key-encipherment";
+    Usage::from_name(&text.replace('-', " ")).ok_or(known)
+}
+
+fn key(text: &str) -> Result<KeyAlgorithm, &'static str> {
+    KeyAlgorithm::from_name(text).ok_or("must be ecdsa-p256, ecdsa-p384, ed25519, rsa-2048, rsa-3072 or rsa-4096")
+}
+
+fn lifetime(text: &str) -> Result<Duration, &'static str> {
+    let wrong = "must be whole seconds above zero, like 90s, 15m or 1h30m";
+    let duration = text.parse::<SignedDuration>().map_err(|_| wrong)?;
+    let duration = Duration::try_from(duration).map_err(|_| wrong)?;
+    if duration.is_zero() || duration.subsec_nanos() != 0 { Err(wrong) } else { Ok(duration) }
+}
+
+fn key_number(algorithm: KeyAlgorithm) -> v1::KeyAlgorithm {
+    match algorithm {
+        KeyAlgorithm::EcdsaP256 => v1::KeyAlgorithm::EcdsaP256,
+        KeyAlgorithm::EcdsaP384 => v1::KeyAlgorithm::EcdsaP384,
+        KeyAlgorithm::Ed25519 => v1::KeyAlgorithm::Ed25519,
+        KeyAlgorithm::Rsa2048 => v1::KeyAlgorithm::Rsa2048,
+        KeyAlgorithm::Rsa3072 => v1::KeyAlgorithm::Rsa3072,
+        KeyAlgorithm::Rsa4096 => v1::KeyAlgorithm::Rsa4096,
+    }
+}
+
+fn usage_number(usage: Usage) -> v1::Usage {
+    match usage {
+        Usage::DigitalSignature => v1::Usage::DigitalSignature,
+        Usage::KeyEncipherment => v1::Usage::KeyEncipherment,
+        Usage::ServerAuth => v1::Usage::ServerAuth,
+        Usage::ClientAuth => v1::Usage::ClientAuth,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn a_lifetime_is_whole_seconds_above_zero() {
+        fn check(text: &str, expected_s: Option<u64>) {
+            assert_eq!(lifetime(text).ok(), expected_s.map(Duration::from_secs), "{text}");
+        }
+        check("1h30m", Some(5400));
+        check("90s", Some(90));
+        check("24h", Some(86_400));
+        check("1.5h", Some(5400));
+        check("1500ms", None);
+        check("0s", None);
+        check("-1h", None);
+        check("60", None);
+        check("", None);
+        check("999999999999999999999h", None);
+    }
+
+    #[test]
+    fn every_key_and_usage_has_a_name_on_the_command_line_and_a_number_in_the_api() {
+        for algorithm in KeyAlgorithm::ALL {
+            assert_eq!(key(algorithm.name()), Ok(algorithm));
+            let number = key_number(algorithm).as_str_name();
+            let name = algorithm.name().to_uppercase().replace('-', "_");
+            assert_eq!(number, format!("KEY_ALGORITHM_{name}"));
+        }
+        for wanted in Usage::ALL {
+            let name = wanted.name().replace(' ', "-");
+            assert_eq!(usage(&name), Ok(wanted));
+            assert_eq!(usage_number(wanted).as_str_name(), format!("USAGE_{}", name.to_uppercase().replace('-', "_")));
+        }
+        assert!(usage("code-signing").is_err());
+        assert!(key("dsa-1024").is_err());
+    }
+
+    #[test]
+    fn only_a_request_within_its_bound_is_sent() {
+        fn check(content: &[u8], expected: Result<(), &str>) {
+            let file = tempfile::NamedTempFile::new().expect("a file");
+            fs::write(file.path(), content).expect("written");
+            match (read_csr(file.path()), expected) {
+                (Ok(bytes), Ok(())) => assert_eq!(bytes, content),
+                (Err(error), Err(why)) => assert!(error.to_string().contains(why), "{error}"),
+                (result, _) => panic!("{result:?}"),
+            }
+        }
+        let bound = usize::try_from(MAX_CSR_BYTES).expect("small");
+        check(&vec![b'x'; bound], Ok(()));
+        check(&vec![b'x'; bound + 1], Err("more than 16 KiB"));
+        check(b"-----BEGIN EC PRIVATE KEY-----", Err("nothing was sent"));
+        assert!(read_csr(Path::new("/nonexistent")).expect_err("absent").is::<UsageError>());
+    }
+}

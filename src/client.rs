@@ -1,0 +1,274 @@
+//! The client of the agent's socket, as `csrd issue`, `watch`, `whoami`, `status` and `demo` use it.
+//!
+//! Every answer is checked before it becomes a value of ours, every failure becomes a [`ClientError`] with the agent's
+//! own reason, and text from the agent is made safe for a terminal here, because some of it (another workload's paths)
+//! is foreign to both ends. A channel connects when it is first used and again when it was lost; only [`Subscription`]
+//! retries a call. Deliberately not here: the environment and flags, which are the command line's.
+
+mod certificate;
+pub mod output;
+
+pub mod sink;
+mod subscription;
+
+use std::{error::Error as _, fmt, str::FromStr};
+
+use tonic::{
+    Request, Status, Streaming,
+    transport::{Channel, Endpoint},
+};
+use tonic_types::StatusExt as _;
+
+pub use self::{
+    certificate::Certificate,
+    subscription::{Event, Subscription},
+};
+use crate::proto::v1::{self, certificate_service_client::CertificateServiceClient, status_service_client};
+
+pub use tonic::Code;
+
+/// Where the agent listens unless told otherwise.
+pub const DEFAULT_SOCKET: &str = "unix:///run/csrd/csrd.sock";
+/// Bytes in the path of a unix socket: `sun_path` less its NUL (unix(7)).
+pub const MAX_SOCKET_PATH_BYTES: usize = 107;
+/// Characters of one text from the agent that are shown; the rest is cut.
+pub const MAX_TEXT_CHARS: usize = 4096;
+
+/// `ErrorInfo.domain` of every error of the agent.
+const ERROR_DOMAIN: &str = "csrd.dev";
+
+/// The absolute path of the agent's socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SocketPath(String);
+
+/// A path that no socket can have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SocketPathError {
+    /// Relative, or another scheme.
+    #[error("the socket must be given as unix:///absolute/path or /absolute/path")]
+    NotAbsolute,
+    /// Over [`MAX_SOCKET_PATH_BYTES`].
+    #[error("the socket's path has {0} bytes, at most 107 are possible (unix(7))")]
+    TooLong(usize),
+}
+
+impl FromStr for SocketPath {
+    type Err = SocketPathError;
+
+    fn from_str(text: &str) -> Result<Self, SocketPathError> {
+        let path = text.strip_prefix("unix://").or_else(|| text.strip_prefix("unix:")).unwrap_or(text);
+        if !path.starts_with('/') || path.contains('\0') {
+            return Err(SocketPathError::NotAbsolute);
+        }
+        if path.len() > MAX_SOCKET_PATH_BYTES {
+            return Err(SocketPathError::TooLong(path.len()));
+        }
+        Ok(Self(path.to_owned()))
+    }
+}
+
+impl fmt::Display for SocketPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Why a call failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message} ({reason})")]
+pub struct ClientError {
+    /// The gRPC code; [`Code::Unavailable`] also when nobody answered.
+    pub code: Code,
+    /// The agent's `ErrorInfo.reason`, or one of [`ClientError::UNREACHABLE`], [`ClientError::BAD_ANSWER`] and
+    /// [`ClientError::UNSPECIFIED`].
+    pub reason: String,
+    /// One sentence for people.
+    pub message: String,
+}
+
+impl ClientError {
+    /// No agent answers on the socket, or the connection broke.
+    pub const UNREACHABLE: &str = "AGENT_UNREACHABLE";
+    /// The agent's answer breaks its contract.
+    pub const BAD_ANSWER: &str = "BAD_ANSWER";
+    /// The answer carries no reason: whatever listens on the socket is no agent.
+    pub const UNSPECIFIED: &str = "UNSPECIFIED";
+
+    /// Whether the same call may succeed later: everything but a refusal of what was asked or of who asks.
+    pub fn is_transient(&self) -> bool {
+        !matches!(
+            self.code,
+            Code::PermissionDenied
+                | Code::InvalidArgument
+                | Code::Unauthenticated
+                | Code::Unimplemented
+                | Code::NotFound
+                | Code::OutOfRange
+        )
+    }
+
+    fn bad_answer(message: &str) -> Self {
+        Self { code: Code::Internal, reason: Self::BAD_ANSWER.into(), message: format!("the agent's answer {message}") }
+    }
+}
+
+/// A connection to the agent, made when it is first used.
+#[derive(Clone, Debug)]
+pub struct Client {
+    socket: SocketPath,
+    channel: Channel,
+}
+
+impl Client {
+    /// A client of the agent at `socket`. Must be called within a tokio runtime.
+    pub fn new(socket: SocketPath) -> Self {
+        let endpoint = Endpoint::from_shared(format!("unix://{socket}")).expect("an absolute path is a unix address");
+        Self { channel: endpoint.connect_lazy(), socket }
+    }
+
+    /// How the agent sees this process.
+    pub async fn who_am_i(&self) -> Result<v1::WhoAmIResponse, ClientError> {
+        let answer = self.certificates().who_am_i(request(v1::WhoAmIRequest {})).await;
+        Ok(answer.map_err(|status| self.failed(status))?.into_inner())
+    }
+
+    /// The live credentials that this process may see, soonest expiry first.
+    pub async fn credentials(&self) -> Result<Vec<v1::CredentialStatus>, ClientError> {
+        let mut service = status_service_client::StatusServiceClient::new(self.channel.clone());
+        let answer = service.list_credentials(request(v1::ListCredentialsRequest {})).await;
+        Ok(answer.map_err(|status| self.failed(status))?.into_inner().credentials)
+    }
+
+    /// Asks for one certificate; `progress` sees each stage as it is passed.
+    pub async fn issue(
+        &self,
+        wanted: v1::CertificateRequest,
+        mut progress: impl FnMut(v1::Stage),
+    ) -> Result<Certificate, ClientError> {
+        use v1::issue_certificate_response::Event;
+        let message = v1::IssueCertificateRequest { request: Some(wanted) };
+        let answer = self.certificates().issue_certificate(request(message)).await;
+        let mut events = answer.map_err(|status| self.failed(status))?.into_inner();
+        while let Some(response) = events.message().await.map_err(|status| self.failed(status))? {
+            match response.event {
+                Some(Event::Stage(stage)) => progress(stage),
+                Some(Event::Certificate(certificate)) => return certificate.try_into(),
+                None => return Err(ClientError::bad_answer("has an event of an unknown kind")),
+            }
+        }
+        Err(ClientError::bad_answer("ended without a certificate"))
+    }
+
+    /// Follows one certificate from its full current state on.
+    pub fn subscribe(&self, wanted: v1::CertificateRequest) -> Subscription {
+        Subscription::new(self.clone(), wanted)
+    }
+
+    async fn open(&self, message: v1::SubscribeRequest) -> Result<Streaming<v1::SubscribeResponse>, ClientError> {
+        let answer = self.certificates().subscribe(request(message)).await;
+        Ok(answer.map_err(|status| self.failed(status))?.into_inner())
+    }
+
+    fn certificates(&self) -> CertificateServiceClient<Channel> {
+        CertificateServiceClient::new(self.channel.clone())
+    }
+
+    /// A status of the agent, or of the transport when it never came to one.
+    fn failed(&self, status: Status) -> ClientError {
+        let info = status.get_details_error_info().filter(|info| info.domain == ERROR_DOMAIN);
+        if let (None, Some(source)) = (&info, status.source()) {
+            let mut cause = source;
+            while let Some(deeper) = cause.source() {
+                cause = deeper;
+            }
+            return ClientError {
+                code: Code::Unavailable,
+                reason: ClientError::UNREACHABLE.into(),
+                message: format!("no agent answers at {}: {}", self.socket, printable(&cause.to_string())),
+            };
+        }
+        ClientError {
+            code: status.code(),
+            reason: info.map_or_else(|| ClientError::UNSPECIFIED.into(), |info| printable(&info.reason)),
+            message: printable(status.message()),
+        }
+    }
+}
+
+/// The one place where a call gets its metadata.
+fn request<T>(message: T) -> Request<T> {
+    Request::new(message)
+}
+
+/// Text from the other end made safe for a terminal and a log: control characters escaped, length bounded.
+pub fn printable(text: &str) -> String {
+    let mut safe = String::with_capacity(text.len().min(MAX_TEXT_CHARS));
+    for c in text.chars().take(MAX_TEXT_CHARS) {
+        match c {
+            // Also the bidirectional overrides and isolates, which reorder what a terminal shows.
+            c if c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}') => {
+                safe.extend(c.escape_unicode());
+            }
+            c => safe.push(c),
+        }
+    }
+    safe
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic_types::ErrorDetails;
+
+    use super::*;
+
+    #[test]
+    fn a_socket_is_an_absolute_path_within_its_bound() {
+        fn check(text: &str, expected: Result<&str, SocketPathError>) {
+            assert_eq!(text.parse::<SocketPath>().map(|path| path.0), expected.map(str::to_owned), "{text}");
+        }
+        check("unix:///run/csrd/csrd.sock", Ok("/run/csrd/csrd.sock"));
+        check("unix:/run/csrd.sock", Ok("/run/csrd.sock"));
+        check("/run/csrd.sock", Ok("/run/csrd.sock"));
+        check("csrd.sock", Err(SocketPathError::NotAbsolute));
+        check("unix://csrd.sock", Err(SocketPathError::NotAbsolute));
+        check("https://example.org", Err(SocketPathError::NotAbsolute));
+        check("", Err(SocketPathError::NotAbsolute));
+        check("/a\0b", Err(SocketPathError::NotAbsolute));
+        let longest = format!("/{}", "x".repeat(MAX_SOCKET_PATH_BYTES - 1));
+        check(&longest, Ok(&longest));
+        check(&format!("{longest}x"), Err(SocketPathError::TooLong(MAX_SOCKET_PATH_BYTES + 1)));
+    }
+
+    #[tokio::test]
+    async fn a_status_keeps_its_reason_only_from_our_domain() {
+        fn check(domain: &str, expected: &str) {
+            let client = Client::new("/x".parse().expect("absolute"));
+            let details = ErrorDetails::with_error_info("POLICY_DENIED", domain, []);
+            let status = Status::with_error_details(Code::PermissionDenied, "no\x1b[2J policy", details);
+            let error = client.failed(status);
+            assert_eq!((error.code, error.reason.as_str()), (Code::PermissionDenied, expected));
+            assert_eq!(error.message, "no\\u{1b}[2J policy");
+        }
+        check("csrd.dev", "POLICY_DENIED");
+        check("example.org", ClientError::UNSPECIFIED);
+    }
+
+    #[tokio::test]
+    async fn a_missing_agent_is_unreachable_and_named() {
+        let error = Client::new("/nonexistent/s".parse().expect("absolute")).who_am_i().await.expect_err("nobody");
+        assert_eq!((error.code, error.reason.as_str()), (Code::Unavailable, ClientError::UNREACHABLE));
+        assert!(error.is_transient());
+        assert_eq!(error.message, "no agent answers at /nonexistent/s: No such file or directory (os error 2)");
+    }
+
+    #[test]
+    fn shown_text_cannot_steer_a_terminal() {
+        fn check(text: &str, expected: &str) {
+            assert_eq!(printable(text), expected);
+        }
+        check("uid 1000 /usr/bin/wéb", "uid 1000 /usr/bin/wéb");
+        check("a\x1b]0;b\x07\n\u{9b}", "a\\u{1b}]0;b\\u{7}\\u{a}\\u{9b}");
+        check("\u{202e}gpj", "\\u{202e}gpj");
+        check(&"x".repeat(MAX_TEXT_CHARS + 1), &"x".repeat(MAX_TEXT_CHARS));
+    }
+}

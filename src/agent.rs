@@ -22,7 +22,7 @@ use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
-    attest::{Attestor, PeerStream},
+    attest::{self, Attestor},
     clock::Clock,
     hub::{self, Hub, Rate},
     metrics::Metrics,
@@ -123,7 +123,7 @@ pub async fn build(parts: Parts) -> Result<Bound, BuildError> {
     let admin_address = admin.as_ref().and_then(|listener| listener.local_addr().ok());
 
     let stop = parts.stop;
-    let attestor = Arc::new(Attestor::new(parts.clock.clone()));
+    let attestor = Arc::new(Attestor::new());
     let default_signer = parts.signers.first().map(|signer| signer.name().to_owned()).unwrap_or_default();
     let hub = Hub::new(hub::Parts {
         clock: parts.clock,
@@ -214,6 +214,6 @@ async fn listen(path: &Path) -> Result<UnixListener, BuildError> {
     }
     let listener = UnixListener::bind(path).map_err(failed)?;
     fs::set_permissions(path, fs::Permissions::from_mode(SOCKET_MODE)).map_err(failed)?;
-    PeerStream::prepare(&listener).map_err(failed)?;
+    attest::prepare_listener(&listener).map_err(failed)?;
     Ok(listener)
 }

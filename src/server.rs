@@ -85,6 +85,7 @@ pub struct Engine {
 #[derive(Clone, Debug)]
 pub struct Server {
     routes: Routes,
+    attestor: Arc<Attestor>,
     tally: Tally,
     metrics: Metrics,
     stop: CancellationToken,
@@ -105,7 +106,7 @@ struct CallSpan(tracing::Span);
 impl Server {
     /// A server over `engine`; `health` is the grpc.health.v1 service that the agent keeps up to date.
     pub fn new(engine: Engine, health: Routes) -> Self {
-        let (metrics, stop) = (engine.metrics.clone(), engine.stop.clone());
+        let (attestor, metrics, stop) = (engine.attestor.clone(), engine.metrics.clone(), engine.stop.clone());
         let tally = Tally::new(engine.limits);
         let engine = Arc::new(engine);
         let issuance = issuance::Issuance::new(engine.clone(), tally.clone());
@@ -121,7 +122,7 @@ impl Server {
             .add_service(reflection().build_v1().expect("our own descriptors are valid"))
             .add_service(reflection().build_v1alpha().expect("our own descriptors are valid"))
             .prepare();
-        Self { routes, tally, metrics, stop }
+        Self { routes, attestor, tally, metrics, stop }
     }
 
     /// Accepts connections until the stop, then gives them [`STOP_GRACE`].
@@ -133,7 +134,7 @@ impl Server {
                 Some(_) = connections.join_next() => {}
                 accepted = listener.accept() => match accepted {
                     Ok((stream, _)) => {
-                        let peer = Peer::of(&stream).map(Arc::new);
+                        let peer = Peer::of(&stream, &self.attestor).map(Arc::new);
                         let principal = peer.as_ref().ok().map(|peer| u64::from(peer.uid()));
                         let Some(place) = self.tally.connection(principal) else {
                             self.metrics.connection_refused("TOO_MANY_CONNECTIONS");
@@ -145,7 +146,7 @@ impl Server {
                             match peer {
                                 Ok(peer) => {
                                     let caller = Caller::Peer(peer.clone());
-                                    server.connection(PeerStream::new(stream, peer), Ok(caller)).await;
+                                    server.connection(PeerStream::new(stream, &peer), Ok(caller)).await;
                                 }
                                 Err(error) => server.connection(stream, Err(error)).await,
                             }

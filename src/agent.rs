@@ -24,6 +24,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use crate::{
     attest::{self, Attestor},
     clock::Clock,
+    config::RateFile,
     hub::{self, Hub, Rate},
     metrics::Metrics,
     policy::PolicySet,
@@ -108,6 +109,12 @@ pub enum BuildError {
         /// Why not.
         source: io::Error,
     },
+}
+
+impl From<RateFile> for Rate {
+    fn from(rate: RateFile) -> Self {
+        Self { per_second: rate.per_second, burst: rate.burst }
+    }
 }
 
 /// Opens every socket and starts every part; call from within the runtime.

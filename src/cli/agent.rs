@@ -10,8 +10,7 @@ use super::{Exit, UsageError};
 use crate::{
     agent::{self, Parts},
     clock::Clock,
-    config::{Config, Overrides, RateFile},
-    hub::Rate,
+    config::{Config, Overrides},
     metrics::Metrics,
     policy::watch::PolicyFiles,
     server::{Limits, admin::Readiness},
@@ -74,8 +73,8 @@ fn parts(config: Config, stop: CancellationToken) -> anyhow::Result<Parts> {
         admin: config.admin,
         policies: following,
         signers: vec![signer.clone() as Arc<dyn Sign>],
-        signer_rate: rate(config.limits.all),
-        principal_rate: rate(config.limits.per_workload),
+        signer_rate: config.limits.all.into(),
+        principal_rate: config.limits.per_workload.into(),
         limits: Limits::default(),
         seed: rand::random(),
         metrics,
@@ -87,10 +86,6 @@ fn parts(config: Config, stop: CancellationToken) -> anyhow::Result<Parts> {
         clock,
         stop,
     })
-}
-
-fn rate(rate: RateFile) -> Rate {
-    Rate { per_second: rate.per_second, burst: rate.burst }
 }
 
 fn usage(error: impl std::fmt::Display) -> UsageError {

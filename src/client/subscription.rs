@@ -68,6 +68,14 @@ impl Subscription {
         Self { client, resume, open: None, failures: 0, wait: Duration::ZERO }
     }
 
+    /// This subscription from the next event of `certificate` on, which the caller has.
+    #[must_use]
+    pub fn after(mut self, certificate: &Certificate) -> Self {
+        self.resume.certificate_id.clone_from(&certificate.certificate_id);
+        self.resume.after_sequence = certificate.sequence;
+        self
+    }
+
     /// The events. The first error is the last item. Dropping a pending `next()` loses nothing.
     pub fn into_stream(self) -> impl Stream<Item = Result<Event, ClientError>> {
         stream::unfold(Some(self), |state: Option<Self>| async move {

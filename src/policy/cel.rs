@@ -34,6 +34,8 @@ pub const MAX_RULE_GROUPS: usize = 1024;
 const NODE_COST: u64 = 16;
 /// Brackets inside each other, counted before parsing because the parser descends once for each.
 const MAX_BRACKETS: usize = 24;
+/// Stack of the thread that parses one expression; virtual memory, given back when it ends.
+const PARSER_STACK_BYTES: usize = 16 << 20;
 /// Bytes in any one text among the facts (PATH_MAX, limits.h).
 const MAX_FACT_BYTES: usize = 4096;
 /// Bytes in the text of an IP address.
@@ -62,20 +64,8 @@ impl Rule {
             return Err(format!("it has {} bytes, at most {MAX_EXPRESSION_BYTES} are allowed", expression.len()));
         }
         check_brackets(expression)?;
-        let parsed = Parser::default().max_recursion_depth(MAX_DEPTH as u16).parse(expression);
-        let expression_tree = parsed.map_err(|errors| {
-            let first = errors.errors.first();
-            let (message, at) = first.map_or(("no expression", 0), |error| (error.msg.as_str(), error.pos.1));
-            format!("it is no CEL expression: at character {at}: {}", clipped(message.to_owned(), MAX_ERROR_CHARS))
-        })?;
-        let cost = Estimate::default().visit(&expression_tree, 0)?.cost;
-        if cost > MAX_COST {
-            return Err(format!(
-                "it could take {cost} steps on the largest request, at most {MAX_COST} are allowed; use fewer or less \
-                 deeply nested comprehensions"
-            ));
-        }
-        Ok(Self { expression: expression_tree, text: expression.to_owned(), message: message.to_owned() })
+        let (expression, text) = (parse_apart(expression)?, expression.to_owned());
+        Ok(Self { expression, text, message: message.to_owned() })
     }
 
     /// What the policy's author says when it does not hold.
@@ -415,6 +405,32 @@ impl Estimate {
     }
 }
 
+/// Parses and estimates on a thread of its own: the parser's descent takes about 150 KiB of stack for each open bracket in
+/// a build without optimization, more than a worker thread has to give. A panic in the parser ends there, too.
+fn parse_apart(expression: &str) -> Result<IdedExpr, String> {
+    std::thread::scope(|scope| {
+        let parser = std::thread::Builder::new().stack_size(PARSER_STACK_BYTES);
+        let parsed =
+            parser.spawn_scoped(scope, || parse(expression)).map_err(|error| format!("no thread for it: {error}"))?;
+        parsed.join().unwrap_or_else(|_| Err("the CEL parser failed on it".to_owned()))
+    })
+}
+
+fn parse(expression: &str) -> Result<IdedExpr, String> {
+    let parsed = Parser::default().max_recursion_depth(MAX_DEPTH as u16).parse(expression).map_err(|errors| {
+        let first = errors.errors.first();
+        let (message, at) = first.map_or(("no expression", 0), |error| (error.msg.as_str(), error.pos.1));
+        format!("it is no CEL expression: at character {at}: {}", clipped(message.to_owned(), MAX_ERROR_CHARS))
+    })?;
+    match Estimate::default().visit(&parsed, 0)?.cost {
+        cost if cost > MAX_COST => Err(format!(
+            "it could take {cost} steps on the largest request, at most {MAX_COST} are allowed; use fewer or less deeply \
+             nested comprehensions"
+        )),
+        _ => Ok(parsed),
+    }
+}
+
 /// Counts brackets without regard to strings: a rule is never so full of them that this matters.
 fn check_brackets(expression: &str) -> Result<(), String> {
     let (mut open, mut most) = (0_usize, 0_usize);
@@ -429,5 +445,192 @@ fn check_brackets(expression: &str) -> Result<(), String> {
     match most > MAX_BRACKETS {
         true => Err(format!("{most} brackets are open at once, at most {MAX_BRACKETS} are allowed")),
         false => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::x509::{KeyAlgorithm, Names, Usages};
+
+    fn facts() -> UnixFacts {
+        UnixFacts {
+            uid: 1000,
+            gid: 1000,
+            supplementary_gids: vec![33, 1000],
+            user: Some("web".to_owned()),
+            group: Some("web".to_owned()),
+            executable: Some("/usr/bin/web".to_owned()),
+            executable_sha256: None,
+            systemd_unit: Some("web.service".to_owned()),
+            cgroup: None,
+        }
+    }
+
+    fn terms() -> Terms {
+        let dns = ["a.example.org", "b.example.org"].map(|name| crate::x509::DnsName::parse(name).unwrap()).to_vec();
+        let uris = vec!["spiffe://example.org/web".to_owned()];
+        Terms {
+            names: Names { dns, uris, ips: vec!["10.0.0.1".parse().unwrap()], ..Names::default() },
+            usages: Usages::DEFAULT,
+            key: KeyAlgorithm::EcdsaP256,
+            lifetime: std::time::Duration::from_secs(3600),
+            signer: "embedded".to_owned(),
+            policy: "web".to_owned(),
+        }
+    }
+
+    fn check(expression: &str, expected: Result<(), &str>) {
+        let rule = Rule::compile(expression, "the message").unwrap_or_else(|error| panic!("{expression}: {error}"));
+        let verdict = rule.check(&Variables::new(&facts(), &terms()).unwrap());
+        match expected {
+            Ok(()) => assert_eq!(verdict, Ok(()), "{expression}"),
+            Err(words) => assert!(verdict.as_ref().unwrap_err().contains(words), "{expression}: {verdict:?}"),
+        }
+    }
+
+    fn refused(expression: &str, words: &str) {
+        let error = Rule::compile(expression, "m").expect_err(expression);
+        assert!(error.contains(words), "{expression}: {error}");
+    }
+
+    #[test]
+    fn rules_see_the_facts_and_the_request() {
+        for expression in [
+            "workload.unix.uid == 1000 && workload.unix.gid == 1000",
+            "33 in workload.unix.supplementaryGids",
+            "workload.unix.user == 'web' && workload.unix.group == 'web'",
+            "workload.unix.executable.startsWith('/usr/bin/')",
+            "workload.unix.systemdUnit == 'web.service'",
+            "has(workload.unix.user) && !has(workload.unix.cgroup)",
+            "size(request.dnsNames) == 2 && request.dnsNames[0] == 'a.example.org'",
+            "request.dnsNames.all(name, name.endsWith('.example.org'))",
+            "request.dnsNames.exists(name, name.contains('b.'))",
+            "request.dnsNames.exists_one(name, name == 'b.example.org')",
+            "request.dnsNames.filter(name, name != 'a.example.org') == ['b.example.org']",
+            "request.dnsNames.map(name, size(name)) == [13, 13]",
+            "request.uris == ['spiffe://example.org/' + workload.unix.user]",
+            "request.ipAddresses == ['10.0.0.1']",
+            "request.commonName == '' && request.organizations == []",
+            "'server auth' in request.usages && request.key == 'ecdsa-p256'",
+            "request.lifetimeSeconds <= 2 * 60 * 60 && request.signer == 'embedded'",
+            "string(workload.unix.uid) == '1000' && int('7') == 7",
+            "(workload.unix.uid > 999 ? 'user' : 'system') == 'user'",
+            "{'web': 1}[workload.unix.user] == 1",
+        ] {
+            check(expression, Ok(()));
+        }
+    }
+
+    #[test]
+    fn whatever_is_not_true_is_a_refusal_in_words() {
+        check("size(request.dnsNames) < 2", Err("rule not met: the message"));
+        check("size(request.dnsNames)", Err("is no yes or no but a int"));
+        check("workload.unix.cgroup == '/'", Err("cannot be evaluated: No such key: cgroup"));
+        check("request.dnsNames[2] == ''", Err("cannot be evaluated: Index out of bounds"));
+        check("1 / (workload.unix.uid - 1000) == 0", Err("cannot be evaluated: Division by zero"));
+        check("-(-9223372036854775807 - 1) > 0", Err("cannot be evaluated: Overflow"));
+        check("(-9223372036854775807 - 1) / -1 > 0", Err("cannot be evaluated: Overflow"));
+        check("(-9223372036854775807 - 1) % -1 > 0", Err("cannot be evaluated: Overflow"));
+        check("9223372036854775807 + 1 > 0", Err("cannot be evaluated: Overflow"));
+        check("workload.unix.uid == 1000 && request.key", Err("cannot be evaluated"));
+        check("{request.key: 1, request.key: 2} == {}", Err("cannot be evaluated"));
+    }
+
+    #[test]
+    fn what_is_not_counted_is_refused_at_load() {
+        for (expression, words) in [
+            ("", "it is no CEL expression"),
+            ("1 +", "it is no CEL expression: at character 4"),
+            ("request.dnsName == []", "request has no field \"dnsName\"; it has commonName, organizations, dnsNames"),
+            ("workload.uid == 1", "workload has no field \"uid\"; it has unix"),
+            ("workload.unix.name == ''", "workload.unix has no field \"name\"; it has uid"),
+            ("user == 'web'", "there is no variable \"user\"; there are workload and request"),
+            ("request.key.matches('.*')", "there is no function \"matches\"; there are operators, size"),
+            ("timestamp('2026-01-01T00:00:00Z') == null", "there is no function \"timestamp\""),
+            ("type(1) == int", "there is no function \"type\""),
+            ("google.protobuf.Duration{seconds: 1} == null", "there are no message types such as"),
+            ("[1].all(@x, true)", "it is no CEL expression"),
+            ("request.?key == ''", "it is no CEL expression"),
+        ] {
+            refused(expression, words);
+        }
+    }
+
+    #[test]
+    fn a_comprehension_variable_hides_a_global_of_its_name() {
+        check("['x'].all(request, request == 'x')", Ok(()));
+        check("[{'a': 1}].all(workload, workload.a == 1)", Ok(()));
+        refused("[1].all(x, true) && x == 1", "there is no variable");
+    }
+
+    #[test]
+    fn an_expression_has_bounds_in_bytes_brackets_and_depth() {
+        let padded = |bytes: usize| format!("true{}", " ".repeat(bytes - 4));
+        check(&padded(MAX_EXPRESSION_BYTES), Ok(()));
+        refused(&padded(MAX_EXPRESSION_BYTES + 1), "it has 1025 bytes, at most 1024 are allowed");
+        let nested = |n: usize| format!("{}true{}", "(".repeat(n), ")".repeat(n));
+        check(&nested(MAX_BRACKETS), Ok(()));
+        refused(&nested(MAX_BRACKETS + 1), "25 brackets are open at once, at most 24 are allowed");
+        // Each sum lies in the next one, and all of them in the comparison.
+        let sum = |n: usize| format!("{}1 == {}", "1+".repeat(n - 1), n);
+        check(&sum(MAX_DEPTH), Ok(()));
+        refused(&sum(MAX_DEPTH + 1), "it is nested deeper than 48");
+    }
+
+    #[test]
+    fn an_expression_that_could_run_long_is_refused_at_load() {
+        check("request.dnsNames.all(a, request.dnsNames.exists_one(b, a == b))", Ok(()));
+        let deep =
+            "request.dnsNames.all(a, request.dnsNames.all(b, request.dnsNames.all(c, a == b || b == c || a == c)))";
+        refused(deep, "steps on the largest request, at most 5000000 are allowed");
+        // A list of lists that doubles in every round of text, then is walked: exponential if it were run.
+        let doubled = "[[1, 2]].map(a, a + a + a + a).map(b, b + b + b + b).map(c, c + c + c + c).map(d, d + d + d + d)\
+                       .map(e, e + e + e + e).map(f, f + f + f + f).map(g, g + g + g + g).map(h, h + h + h + h)[0]\
+                       .all(x, x > 0)";
+        refused(doubled, "steps on the largest request");
+        let text = "['aaaaaaaaaaaaaaaa'].map(a, a + a + a + a + a + a + a + a).map(b, b + b + b + b + b + b + b + b)\
+                    .map(c, c + c + c + c + c + c + c + c).map(d, d + d + d + d + d + d + d + d)\
+                    .map(e, e + e + e + e + e + e + e + e).map(f, f + f + f + f + f + f + f + f)[0] == ''";
+        refused(text, "steps on the largest request");
+        refused("workload.unix.supplementaryGids.all(a, workload.unix.supplementaryGids.all(b, a + b > 0))", "steps");
+    }
+
+    #[test]
+    fn a_caller_outside_the_bounds_of_the_estimate_is_refused() {
+        let groups = |n: u32| UnixFacts { supplementary_gids: (0..n).collect(), ..facts() };
+        assert!(Variables::new(&groups(1024), &terms()).is_ok());
+        let error = Variables::new(&groups(1025), &terms()).err().unwrap();
+        assert_eq!(error, "rules take at most 1024 supplementary groups, the caller has 1025");
+        let path = |n: usize| UnixFacts { executable: Some("x".repeat(n)), ..facts() };
+        assert!(Variables::new(&path(4096), &terms()).is_ok());
+        assert_eq!(
+            Variables::new(&path(4097), &terms()).err().unwrap(),
+            "rules take at most 4096 bytes in unix.executable"
+        );
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_text_breaks_the_compiler(text in "\\PC{0,64}") {
+            let _ = Rule::compile(&text, "m");
+        }
+
+        #[test]
+        fn no_expression_breaks_the_evaluation(
+            tokens in proptest::collection::vec(
+                proptest::sample::select(vec![
+                    "workload", ".unix", ".uid", ".user", "request", ".dnsNames", ".key", "[", "]", "(", ")", "{", "}", ",",
+                    ":", "?", "+", "-", "*", "/", "%", "==", "<", "!", "&&", "||", " in ", ".all(x,", ".map(x,", "x",
+                    ".filter(x,", ".exists_one(x,", "size(", "string(", "int(", ".contains(", "has(", "1", "0", "'a'", "b'a'",
+                    "1.5", "7u", "null", "true",
+                ]),
+                0..16,
+            ),
+        ) {
+            if let Ok(rule) = Rule::compile(&tokens.concat(), "m") {
+                let _ = rule.check(&Variables::new(&facts(), &terms()).unwrap());
+            }
+        }
     }
 }

@@ -13,15 +13,15 @@
 //! | `x509` | `spiffe` |
 //! | `attest::workload` | `spiffe` |
 //! | `policy` | `spiffe`, `x509`, `attest::workload` |
-//! | `attest` | `attest::workload`, `spiffe`, `metrics`, `clock` |
-//! | `policy::watch` | `policy`, `x509`, `tasks`, `metrics` |
-//! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `backoff`, `metrics` |
-//! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock`, `metrics` |
-//! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `tasks`, `metrics` |
-//! | `server` | `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `policy::watch`, `signer`, `issue`, `hub`, `clock`, `backoff`, `tasks`, `metrics` |
-//! | `client` | `proto`, `spiffe`, `x509`, `backoff` |
 //! | `config` | `spiffe`, `policy` |
-//! | `telemetry` | everything |
+//! | `telemetry` | `config` |
+//! | `attest` | `attest::workload`, `spiffe`, `metrics`, `clock`, `telemetry` |
+//! | `policy::watch` | `policy`, `x509`, `tasks`, `metrics` |
+//! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `backoff`, `tasks`, `metrics`, `telemetry` |
+//! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock`, `metrics`, `telemetry` |
+//! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `tasks`, `metrics`, `telemetry` |
+//! | `server` | `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `policy::watch`, `signer`, `issue`, `hub`, `clock`, `backoff`, `tasks`, `metrics`, `telemetry` |
+//! | `client` | `proto`, `spiffe`, `x509`, `backoff` |
 //! | `agent` | everything |
 //! | `cli` | everything |
 //! | `main` | everything |

@@ -24,11 +24,16 @@ const TABLE: &[(&str, &[&str])] = &[
     ("x509", &["spiffe"]),
     ("attest::workload", &["spiffe"]),
     ("policy", &["spiffe", "x509", "attest::workload"]),
-    ("attest", &["attest::workload", "spiffe", "metrics", "clock"]),
+    ("config", &["spiffe", "policy"]),
+    ("telemetry", &["config"]),
+    ("attest", &["attest::workload", "spiffe", "metrics", "clock", "telemetry"]),
     ("policy::watch", &["policy", "x509", "tasks", "metrics"]),
-    ("signer", &["attest::workload", "policy", "x509", "clock", "backoff", "metrics"]),
-    ("issue", &["attest::workload", "policy", "x509", "signer", "clock", "metrics"]),
-    ("hub", &["attest::workload", "policy", "x509", "signer", "issue", "clock", "backoff", "tasks", "metrics"]),
+    ("signer", &["attest::workload", "policy", "x509", "clock", "backoff", "tasks", "metrics", "telemetry"]),
+    ("issue", &["attest::workload", "policy", "x509", "signer", "clock", "metrics", "telemetry"]),
+    (
+        "hub",
+        &["attest::workload", "policy", "x509", "signer", "issue", "clock", "backoff", "tasks", "metrics", "telemetry"],
+    ),
     (
         "server",
         &[
@@ -46,11 +51,10 @@ const TABLE: &[(&str, &[&str])] = &[
             "backoff",
             "tasks",
             "metrics",
+            "telemetry",
         ],
     ),
     ("client", &["proto", "spiffe", "x509", "backoff"]),
-    ("config", &["spiffe", "policy"]),
-    ("telemetry", ANY),
     ("agent", ANY),
     ("cli", ANY),
     ("main", ANY),
@@ -230,14 +234,13 @@ impl File {
         }
         let mut paths = Vec::new();
         flatten(rest, &PathTo::default(), &mut paths);
-        let public = at >= 2 && is_word(&tokens[at - 1], "use") && is_word(&tokens[at - 2], "pub");
+        let public = matches!(&tokens[..at], [.., first, keyword] if is_word(keyword, "use") && is_word(first, "pub"));
         for path in paths {
-            match path.0[0].as_str() {
+            let (root, name) = (path.0[0].as_str(), path.0.last().cloned().unwrap_or_default());
+            match root {
+                "self" if public => self.shown.push((join(scope, vec![name]), absolute(path, scope))),
                 "crate" | "self" | "super" => self.ours.push((line, absolute(path, scope))),
-                _ if public => {
-                    let name = path.0.last().cloned().expect("a path has a last word");
-                    self.shown.push((join(scope, vec![name]), join(scope, path.0)));
-                }
+                _ if public => self.shown.push((join(scope, vec![name]), join(scope, path.0))),
                 _ => self.outside.push((line, path)),
             }
         }
@@ -488,9 +491,14 @@ fn the_longest_prefix_decides() {
 
 #[test]
 fn a_name_shown_by_a_parent_belongs_to_the_child() {
-    let parent = ("src/attest.rs", "mod workload;\npub use workload::{UnixFacts, Workload};");
-    expect(&[parent, ("src/policy.rs", "use crate::attest::Workload;")], &[]);
-    expect(&[parent, ("src/policy.rs", "use crate::attest::{Workload, Attestor};")], &["`crate::attest::Attestor`"]);
+    for shown in ["pub use workload::{UnixFacts, Workload};", "pub use self::{peer::Peer, workload::Workload};"] {
+        let parent = ("src/attest.rs", shown);
+        expect(&[parent, ("src/policy.rs", "use crate::attest::Workload;")], &[]);
+        expect(&[parent, ("src/policy.rs", "use crate::attest::{Workload, Peer};")], &["`crate::attest::Peer`"]);
+    }
+    let parent = ("src/policy.rs", "pub use self::watch::PolicyFiles;");
+    expect(&[parent, ("src/policy/cel.rs", "use super::PolicyFiles;")], &["of `policy::watch`"]);
+    expect(&[("src/policy.rs", "use self::watch::PolicyFiles;")], &["of `policy::watch`"]);
 }
 
 #[test]

@@ -1,1 +1,4 @@
 //! it
+
+mod authority;
+mod raw_h2;

@@ -2,3 +2,7 @@
 
 mod telemetry;
 mod tidy;
+//! it
+
+mod authority;
+mod raw_h2;

@@ -201,7 +201,8 @@ mod tests {
         #[test]
         fn a_path_never_leaks_into_the_trust_domain(path in "(/[a-z./?#@:%]{0,5}){0,3}") {
             if let Ok(id) = SpiffeId::new(&TrustDomain::parse("td").unwrap(), &path) {
-                prop_assert_eq!(id.trust_domain().as_str(), "td");
+                let trust_domain = id.trust_domain();
+                prop_assert_eq!(trust_domain.as_str(), "td");
             }
         }
     }

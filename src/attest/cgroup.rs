@@ -175,7 +175,8 @@ mod tests {
 
         #[test]
         fn nothing_below_a_unit_changes_the_unit(below in "[^\n]{0,80}") {
-            prop_assert_eq!(unit(&format!("/user.slice/user@1.service/{below}")), Some("user@1.service"));
+            let path = format!("/user.slice/user@1.service/{below}");
+            prop_assert_eq!(unit(&path), Some("user@1.service"));
         }
     }
 }

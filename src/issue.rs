@@ -55,7 +55,7 @@ pub async fn issue(
         Key::Made(key) => Some(key),
         Key::Held(_) => None,
     };
-    Ok(Credential { grant, chain, private_key, bundle, chain_pem: OnceLock::new(), private_key_pem: OnceLock::new() })
+    Ok(Credential { grant, chain, private_key, bundle, chain_pem: OnceLock::new(), key_pem: OnceLock::new() })
 }
 
 /// A verified certificate, its key if the agent made it, and the roots that verified it.
@@ -65,7 +65,7 @@ pub struct Credential {
     private_key: Option<PrivateKey>,
     bundle: Arc<Bundle>,
     chain_pem: OnceLock<Bytes>,
-    private_key_pem: OnceLock<Bytes>,
+    key_pem: OnceLock<Bytes>,
 }
 
 impl Credential {
@@ -105,10 +105,10 @@ impl Credential {
     }
 
     /// The private key as PEM, written once, wiped when the credential and the last clone are dropped.
-    pub fn private_key_pem(&self) -> Option<Bytes> {
+    pub fn key_pem(&self) -> Option<Bytes> {
         let key = self.private_key.as_ref()?;
         let pem = || Bytes::from_owner(Zeroizing::new(std::mem::take(&mut *key.to_pem()).into_bytes()));
-        Some(self.private_key_pem.get_or_init(pem).clone())
+        Some(self.key_pem.get_or_init(pem).clone())
     }
 }
 

@@ -4,6 +4,8 @@
 //! it against the grant and against [`Sign::bundle`] before anyone sees it. A signer keeps no schedule of its own for
 //! leaves; it signs when asked.
 
+pub mod embedded;
+
 use std::{fmt, pin::Pin, sync::Arc};
 
 use tokio::sync::watch;
@@ -81,9 +83,9 @@ pub enum Stage {
 /// Why a signer did not sign.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SignError {
-    /// The CA's own certificate has ended, or ends before a leaf could begin.
-    #[error("the CA's own certificate has ended: replace it")]
-    CaExpired,
+    /// The time is outside the CA's own validity.
+    #[error("the CA's own certificate is not valid now: replace it, or correct the clock")]
+    CaNotValid,
     /// A certificate without any key usage is malformed (RFC 5280 section 4.2.1.3).
     #[error("usages: digital signature or key encipherment must be granted")]
     NoKeyUsage,
@@ -99,7 +101,7 @@ impl SignError {
     /// Stable reason.
     pub fn reason(&self) -> &'static str {
         match self {
-            Self::CaExpired => "CA_EXPIRED",
+            Self::CaNotValid => "CA_NOT_VALID",
             Self::NoKeyUsage => "USAGES_INCOMPLETE",
             Self::Key(_) => "CA_KEY_UNUSABLE",
             Self::Malformed => "SIGNER_MALFORMED_CERTIFICATE",
@@ -109,7 +111,7 @@ impl SignError {
     /// Whether the same request may succeed later: after a rotation, or when an operator has replaced a file.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::CaExpired | Self::Key(_) => true,
+            Self::CaNotValid | Self::Key(_) => true,
             Self::NoKeyUsage | Self::Malformed => false,
         }
     }

@@ -2,10 +2,12 @@
 
 use std::{
     collections::HashSet,
+    sync::OnceLock,
     time::{Duration, SystemTime},
 };
 
 use aws_lc_rs::digest::{SHA256, digest};
+use bytes::Bytes;
 use rustls::pki_types::{CertificateDer, TrustAnchor, pem::PemObject as _};
 use webpki::anchor_from_trusted_cert;
 use x509_parser::{certificate::X509Certificate, prelude::FromDer as _, time::ASN1Time};
@@ -41,7 +43,8 @@ impl Chain {
         Self::new(read_pem(text)?)
     }
 
-    fn new(certificates: Vec<CertificateDer<'static>>) -> Result<Self, ChainError> {
+    /// As [`Chain::from_der`], for certificates that are shared already.
+    pub(crate) fn new(certificates: Vec<CertificateDer<'static>>) -> Result<Self, ChainError> {
         check_count(certificates.len(), MAX_CHAIN_CERTIFICATES)?;
         for (index, certificate) in certificates.iter().enumerate().skip(1) {
             parse(certificate).ok_or(ChainError::Certificate { index })?;
@@ -97,6 +100,7 @@ pub struct Bundle {
     anchors: Vec<TrustAnchor<'static>>,
     /// Start and end of each root's validity, which path building does not look at.
     validity: Vec<(SystemTime, SystemTime)>,
+    pem: OnceLock<Bytes>,
 }
 
 impl Bundle {
@@ -110,7 +114,8 @@ impl Bundle {
         Self::new(read_pem(text)?)
     }
 
-    fn new(mut roots: Vec<CertificateDer<'static>>) -> Result<Self, ChainError> {
+    /// As [`Bundle::from_der`], without a root twice.
+    pub(crate) fn new(mut roots: Vec<CertificateDer<'static>>) -> Result<Self, ChainError> {
         check_count(roots.len(), MAX_BUNDLE_CERTIFICATES)?;
         let mut seen = HashSet::new();
         roots.retain(|root| seen.insert(root.clone()));
@@ -124,7 +129,7 @@ impl Bundle {
             let dates = certificate.validity();
             validity.push((system_time(dates.not_before), system_time(dates.not_after)));
         }
-        Ok(Self { roots, anchors, validity })
+        Ok(Self { roots, anchors, validity, pem: OnceLock::new() })
     }
 
     /// The roots in DER.
@@ -132,9 +137,9 @@ impl Bundle {
         &self.roots
     }
 
-    /// PEM.
-    pub fn to_pem(&self) -> String {
-        to_pem(&self.roots)
+    /// PEM, written once for all who ask.
+    pub fn pem(&self) -> Bytes {
+        self.pem.get_or_init(|| to_pem(&self.roots).into()).clone()
     }
 
     /// DER without separators, as the Workload API sends it.

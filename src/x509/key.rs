@@ -86,6 +86,18 @@ impl KeyAlgorithm {
         }
     }
 
+    /// AlgorithmIdentifier in DER of the signatures made with such a key (RFC 5758, RFC 8410, RFC 4055).
+    pub(crate) fn signature_identifier(self) -> &'static [u8] {
+        match self {
+            Self::EcdsaP256 => b"\x30\x0a\x06\x08\x2a\x86\x48\xce\x3d\x04\x03\x02",
+            Self::EcdsaP384 => b"\x30\x0a\x06\x08\x2a\x86\x48\xce\x3d\x04\x03\x03",
+            Self::Ed25519 => b"\x30\x05\x06\x03\x2b\x65\x70",
+            Self::Rsa2048 | Self::Rsa3072 | Self::Rsa4096 => {
+                b"\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b\x05\x00"
+            }
+        }
+    }
+
     fn signature(self) -> &'static rcgen::SignatureAlgorithm {
         match self {
             Self::EcdsaP256 => &rcgen::PKCS_ECDSA_P256_SHA256,

@@ -6,7 +6,7 @@ use base64::{Engine as _, engine::general_purpose::STANDARD};
 const LINE_BYTES: usize = 48;
 
 /// One block. The string is made in its final size, so that growing it leaves no part of a secret in freed memory.
-pub(super) fn encode(label: &str, der: &[u8]) -> String {
+pub(crate) fn encode(label: &str, der: &[u8]) -> String {
     let frame = "-----BEGIN -----\n-----END -----\n".len() + 2 * label.len();
     let mut text = String::with_capacity(frame + der.len().div_ceil(LINE_BYTES) * 65);
     text.extend(["-----BEGIN ", label, "-----\n"]);

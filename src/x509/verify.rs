@@ -63,7 +63,8 @@ impl Chain {
         if self.not_before() + MAX_BACKDATE < now {
             return Err(VerifyError::Backdated);
         }
-        if self.not_after() > now + lifetime + MAX_CLOCK_SKEW {
+        let left = self.not_after().duration_since(now).unwrap_or_default();
+        if left > lifetime.saturating_add(MAX_CLOCK_SKEW) {
             return Err(VerifyError::Lifetime);
         }
         Ok(())

@@ -1,0 +1,363 @@
+//! The CA in this process: made on first start and rotated here, or given by the operator and read again when it changes.
+//!
+//! The private key never leaves. A new root is in [`Sign::bundle`] before the first leaf from it, across restarts and
+//! crashes: on disk, a CA is announced first and activated later. When something cannot be read or written, the last good
+//! CA goes on signing and the error is reported. Signing itself does no I/O and no parsing of keys.
+
+mod authority;
+mod files;
+mod generations;
+mod leaf;
+mod store;
+
+use std::{
+    io,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError, RwLock},
+    time::{Duration, SystemTime},
+};
+
+use tokio::{sync::watch, task::spawn_blocking};
+use tokio_util::sync::CancellationToken;
+
+use self::{
+    authority::Authority,
+    files::Files,
+    generations::{Generation, Generations, Step},
+    store::Store,
+};
+pub use self::{
+    authority::{AuthorityError, BACKDATE},
+    generations::{MAX_GENERATIONS, SETTLE},
+    store::MAX_FILE_BYTES,
+};
+use super::{Sign, SignError, Signing, SigningRequest, Stage};
+use crate::{clock::Clock, metrics::SignerMetrics, x509::Bundle};
+
+/// The name that policies call this signer by.
+pub const NAME: &str = "embedded";
+/// Lifetime of a CA made here, unless configured.
+pub const DEFAULT_CA_LIFETIME: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+/// The shortest lifetime of a CA made here.
+pub const MIN_CA_LIFETIME: Duration = Duration::from_secs(60);
+/// The longest lifetime of a CA made here.
+pub const MAX_CA_LIFETIME: Duration = Duration::from_secs(20 * 365 * 24 * 60 * 60);
+/// How often the operator's files are looked at.
+pub const RELOAD_INTERVAL: Duration = Duration::from_secs(10);
+/// The longest sleep without looking at the wall clock, which may jump.
+pub const MAX_SLEEP: Duration = Duration::from_secs(5 * 60);
+/// The shortest sleep, so that an error that stays costs no CPU.
+const MIN_SLEEP: Duration = Duration::from_secs(1);
+
+/// Where the CA comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EmbeddedConfig {
+    /// Made here, kept in a folder, rotated.
+    Made {
+        /// The folder, made with mode 0700 if it is not there.
+        state_dir: PathBuf,
+        /// Lifetime of each CA, from [`MIN_CA_LIFETIME`] to [`MAX_CA_LIFETIME`].
+        ca_lifetime: Duration,
+    },
+    /// The operator's, read again when a file changes.
+    Given {
+        /// PEM, the CA's certificate first.
+        certificate: PathBuf,
+        /// PEM private key, which nobody but its owner may read.
+        key: PathBuf,
+        /// PEM certificates above the CA up to a self-signed root, when `certificate` does not hold them.
+        chain: Option<PathBuf>,
+    },
+}
+
+/// The signer.
+#[derive(Debug)]
+pub struct Embedded {
+    clock: Clock,
+    metrics: SignerMetrics,
+    /// Held while files are read or written; never while signing.
+    source: Mutex<Source>,
+    /// Held for a moment.
+    generations: RwLock<Arc<Generations>>,
+    bundle: watch::Sender<Arc<Bundle>>,
+    /// The longest pause between looks at the source.
+    interval: Duration,
+}
+
+#[derive(Debug)]
+enum Source {
+    /// Without a store, everything ends with the process.
+    Made { store: Option<Store>, ca_lifetime: Duration },
+    Given(Files),
+}
+
+impl Embedded {
+    /// Opens the CA, making it if there is none yet.
+    pub fn open(config: EmbeddedConfig, clock: &Clock, metrics: SignerMetrics) -> Result<Self, EmbeddedError> {
+        let now = clock.now();
+        let mut generations = Generations::default();
+        let source = match config {
+            EmbeddedConfig::Made { state_dir, ca_lifetime } => {
+                let store = Store::open(&state_dir)?;
+                restore(&store, &mut generations, now)?;
+                Source::Made { store: Some(store), ca_lifetime }
+            }
+            EmbeddedConfig::Given { certificate, key, chain } => Source::Given(Files::new(certificate, key, chain)),
+        };
+        Self::start(source, generations, clock, metrics)
+    }
+
+    /// A CA that ends with the process, for demonstrations and tests.
+    pub fn ephemeral(ca_lifetime: Duration, clock: &Clock, metrics: SignerMetrics) -> Result<Self, EmbeddedError> {
+        Self::start(Source::Made { store: None, ca_lifetime }, Generations::default(), clock, metrics)
+    }
+
+    fn start(
+        mut source: Source,
+        mut generations: Generations,
+        clock: &Clock,
+        metrics: SignerMetrics,
+    ) -> Result<Self, EmbeddedError> {
+        let now = clock.now();
+        if let Source::Made { ca_lifetime, .. } = source
+            && !(MIN_CA_LIFETIME..=MAX_CA_LIFETIME).contains(&ca_lifetime)
+        {
+            return Err(EmbeddedError::Lifetime { lifetime: ca_lifetime });
+        }
+        while source.advance(&mut generations, now)? {}
+        let bundle = Arc::new(Bundle::new(generations.roots(now)).map_err(AuthorityError::from)?);
+        let embedded = Self {
+            clock: clock.clone(),
+            metrics,
+            interval: match source {
+                Source::Made { .. } => MAX_SLEEP,
+                Source::Given(_) => RELOAD_INTERVAL,
+            },
+            source: Mutex::new(source),
+            generations: RwLock::new(Arc::new(generations)),
+            bundle: watch::Sender::new(bundle),
+        };
+        embedded.measure(now);
+        Ok(embedded)
+    }
+
+    /// Does all that is due: reads the operator's files if they have changed, makes, activates or forgets a CA. After an
+    /// error the last good state is in force. It blocks on the disk.
+    pub fn reload(&self) -> Result<(), EmbeddedError> {
+        let mut source = self.source.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = self.clock.now();
+        let mut generations = (*self.generations()).clone();
+        loop {
+            let advanced = source.advance(&mut generations, now);
+            self.publish(&generations, now)?;
+            if !advanced? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Keeps the CA current until `stop`.
+    pub async fn run(self: Arc<Self>, stop: CancellationToken) {
+        while stop.run_until_cancelled(tokio::time::sleep(self.pause())).await.is_some() {
+            let this = self.clone();
+            if let Ok(Err(error)) = spawn_blocking(move || this.reload()).await {
+                tracing::error!(error = &error as &dyn std::error::Error, "the CA stays as it was");
+            }
+        }
+    }
+
+    fn pause(&self) -> Duration {
+        let wake_at = self.generations().wake_at(self.clock.now());
+        wake_at.map_or(self.interval, |when| self.clock.until(when)).clamp(MIN_SLEEP, self.interval)
+    }
+
+    /// The bundle first: whoever is asked to sign next must find its root there.
+    fn publish(&self, generations: &Generations, now: SystemTime) -> Result<(), EmbeddedError> {
+        let roots = generations.roots(now);
+        // When every CA has ended, the last bundle is kept: a bundle is never empty.
+        if !roots.is_empty() {
+            let bundle = Bundle::new(roots).map_err(AuthorityError::from)?;
+            self.bundle.send_if_modified(|current| {
+                let changed = **current != bundle;
+                if changed {
+                    *current = Arc::new(bundle);
+                }
+                changed
+            });
+        }
+        *self.generations.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(generations.clone());
+        self.measure(now);
+        Ok(())
+    }
+
+    fn measure(&self, now: SystemTime) {
+        if let Some(authority) = self.generations().signing(now) {
+            self.metrics.set_ca_not_after(authority.not_after());
+        }
+    }
+
+    fn generations(&self) -> Arc<Generations> {
+        self.generations.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Sign for Embedded {
+    fn name(&self) -> &str {
+        NAME
+    }
+
+    fn sign<'a>(&'a self, request: SigningRequest<'a>) -> Signing<'a> {
+        Box::pin(async move {
+            (request.progress)(Stage::Requested(NAME.to_owned()));
+            let now = self.clock.now();
+            let generations = self.generations();
+            let authority = generations.signing(now).ok_or(SignError::CaNotValid)?;
+            let grant = request.grant;
+            authority.sign(grant.names(), grant.usages(), request.key.public_key(), grant.lifetime(), now)
+        })
+    }
+
+    fn bundle(&self) -> watch::Receiver<Arc<Bundle>> {
+        self.bundle.subscribe()
+    }
+}
+
+impl Source {
+    /// Does one thing that is due, on disk first. False when nothing was.
+    fn advance(&mut self, generations: &mut Generations, now: SystemTime) -> Result<bool, EmbeddedError> {
+        let (store, ca_lifetime, step) = match self {
+            Self::Made { store, ca_lifetime } => {
+                let step = generations.due(now).or_else(|| generations.succession(now));
+                (store.as_ref(), *ca_lifetime, step)
+            }
+            Self::Given(files) => {
+                if let Some(authority) = files.changed(now)? {
+                    generations.replace(authority, now);
+                }
+                (None, Duration::ZERO, generations.due(now))
+            }
+        };
+        match step {
+            Some(Step::Make(number)) => {
+                let generation = Generation { number, authority: Authority::make(ca_lifetime, now)? };
+                if let Some(store) = store {
+                    store.announce(number, &generation.authority.to_pem())?;
+                }
+                generations.announce(generation, Duration::ZERO, now);
+            }
+            Some(Step::Activate(number)) => {
+                if let Some(store) = store {
+                    store.activate(number)?;
+                }
+                generations.activate();
+            }
+            Some(Step::Retire(number)) => {
+                if let Some(store) = store {
+                    store.retire(number)?;
+                }
+                generations.retire(number);
+            }
+            None => return Ok(false),
+        }
+        tracing::info!(?step, "the CA advances");
+        Ok(true)
+    }
+}
+
+/// Reads what an earlier process left.
+fn restore(store: &Store, generations: &mut Generations, now: SystemTime) -> Result<(), EmbeddedError> {
+    let read = |(number, path): (u64, PathBuf)| {
+        let text = store::read_secret(&path)?;
+        let authority = Authority::from_pem(&text, &[&text]);
+        let authority = authority.map_err(|source| EmbeddedError::Authority { path, source })?;
+        Ok::<_, EmbeddedError>(Generation { number, authority })
+    };
+    let found = store.find()?;
+    for file in found.activated {
+        generations.restore(read(file)?);
+    }
+    if let Some(file) = found.next {
+        generations.announce(read(file)?, SETTLE, now);
+    }
+    Ok(())
+}
+
+/// Why there is no CA, or why it stays as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum EmbeddedError {
+    /// The disk said no.
+    #[error("cannot {action} {}{}", path.display(), advice(source))]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// With what.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// Another process works in the state folder.
+    #[error("the state folder {} is in use by another process", path.display())]
+    InUse {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// Others could put a CA of theirs into the state folder.
+    #[error("the state folder {} has mode {mode:04o}, so others can write to it: chmod 0700", path.display())]
+    FolderMode {
+        /// The folder.
+        path: PathBuf,
+        /// Its mode.
+        mode: u32,
+    },
+    /// Others could read the key.
+    #[error("the private key {} has mode {mode:04o}, so others can read it: chmod 0600", path.display())]
+    KeyMode {
+        /// The file.
+        path: PathBuf,
+        /// Its mode.
+        mode: u32,
+    },
+    /// A folder, device or pipe where a file must be.
+    #[error("{} is no regular file", path.display())]
+    NoFile {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// A file over [`MAX_FILE_BYTES`].
+    #[error("{} has {bytes} bytes, at most 1048576 are read", path.display())]
+    TooLong {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        bytes: u64,
+    },
+    /// A file that holds no usable CA.
+    #[error("the CA in {} cannot be used", path.display())]
+    Authority {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: AuthorityError,
+    },
+    /// A CA could not be made.
+    #[error("cannot make a CA")]
+    Make(#[from] AuthorityError),
+    /// A lifetime out of bounds.
+    #[error("the CA's lifetime is {} s, from 60 s to 20 years are allowed", lifetime.as_secs())]
+    Lifetime {
+        /// As configured.
+        lifetime: Duration,
+    },
+}
+
+/// What to do about an error of the disk, as the end of a sentence.
+fn advice(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ": free space on its file system",
+        io::ErrorKind::ReadOnlyFilesystem => ": its file system is read-only, make it writable or choose another folder",
+        io::ErrorKind::PermissionDenied => ": give the agent's user access to it",
+        io::ErrorKind::NotFound => ": it is not there",
+        io::ErrorKind::NotADirectory => ": a part of the path is no folder",
+        _ => "",
+    }
+}

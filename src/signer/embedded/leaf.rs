@@ -1,0 +1,194 @@
+//! The leaf certificate, written in DER: the profile of RFC 5280 and X509-SVID section 4, nothing optional.
+//!
+//! Written here and not by rcgen because its distinguished names hold one organization at most, and because an issuer's
+//! name must be copied byte for byte, in whatever string types another CA wrote it: path building compares bytes.
+
+use std::{
+    net::IpAddr,
+    time::{Duration, SystemTime},
+};
+
+use aws_lc_rs::{
+    digest::{SHA256, digest},
+    rand,
+};
+use rcgen::PublicKeyData as _;
+use time::OffsetDateTime;
+use yasna::{
+    DERWriter, DERWriterSeq, Tag,
+    models::{GeneralizedTime, ObjectIdentifier, UTCTime},
+};
+
+use crate::{
+    signer::SignError,
+    x509::{Names, PrivateKey, PublicKey, Usage, Usages},
+};
+
+/// Bytes of a serial number before encoding: 128 random bits, so that none is ever guessed or repeated.
+pub(super) const SERIAL_BYTES: usize = 16;
+/// Bytes of a key identifier: SHA-256 of the key cut to 160 bits (RFC 7093 section 2, method 1).
+const KEY_ID_BYTES: usize = 20;
+
+const COMMON_NAME: &[u64] = &[2, 5, 4, 3];
+const ORGANIZATION: &[u64] = &[2, 5, 4, 10];
+const SUBJECT_KEY_ID: &[u64] = &[2, 5, 29, 14];
+const KEY_USAGE: &[u64] = &[2, 5, 29, 15];
+const SUBJECT_ALT_NAME: &[u64] = &[2, 5, 29, 17];
+const BASIC_CONSTRAINTS: &[u64] = &[2, 5, 29, 19];
+const AUTHORITY_KEY_ID: &[u64] = &[2, 5, 29, 35];
+const EXTENDED_KEY_USAGE: &[u64] = &[2, 5, 29, 37];
+const SERVER_AUTH: &[u64] = &[1, 3, 6, 1, 5, 5, 7, 3, 1];
+const CLIENT_AUTH: &[u64] = &[1, 3, 6, 1, 5, 5, 7, 3, 2];
+
+/// What a leaf says.
+#[derive(Debug)]
+pub(super) struct Leaf<'a> {
+    pub(super) names: &'a Names,
+    pub(super) usages: Usages,
+    pub(super) public_key: &'a PublicKey,
+    pub(super) not_before: SystemTime,
+    pub(super) not_after: SystemTime,
+    /// The issuer's subject in DER, as its certificate spells it.
+    pub(super) issuer: &'a [u8],
+    /// The issuer's subjectKeyIdentifier.
+    pub(super) issuer_key_id: &'a [u8],
+}
+
+impl Leaf<'_> {
+    /// The certificate in DER, signed with `key`.
+    pub(super) fn sign(&self, key: &PrivateKey) -> Result<Vec<u8>, SignError> {
+        let algorithm = key.algorithm().signature_identifier();
+        let tbs = yasna::construct_der(|writer| writer.write_sequence(|fields| self.write(fields, algorithm)));
+        let signature = key.sign(&tbs)?;
+        Ok(yasna::construct_der(|writer| {
+            writer.write_sequence(|fields| {
+                fields.next().write_der(&tbs);
+                fields.next().write_der(algorithm);
+                fields.next().write_bitvec_bytes(&signature, signature.len() * 8);
+            });
+        }))
+    }
+
+    /// TBSCertificate (RFC 5280 section 4.1).
+    fn write(&self, fields: &mut DERWriterSeq<'_>, algorithm: &[u8]) {
+        const V3: u8 = 2;
+        fields.next().write_tagged(Tag::context(0), |writer| writer.write_u8(V3));
+        fields.next().write_bigint_bytes(&random_serial(), true);
+        fields.next().write_der(algorithm);
+        fields.next().write_der(self.issuer);
+        fields.next().write_sequence(|validity| {
+            write_time(validity.next(), self.not_before);
+            write_time(validity.next(), self.not_after);
+        });
+        write_subject(fields.next(), self.names);
+        fields.next().write_der(self.public_key.spki_der());
+        fields.next().write_tagged(Tag::context(3), |writer| {
+            writer.write_sequence(|extensions| self.write_extensions(extensions));
+        });
+    }
+
+    fn write_extensions(&self, extensions: &mut DERWriterSeq<'_>) {
+        extension(extensions, AUTHORITY_KEY_ID, false, |writer| {
+            writer.write_sequence(|fields| {
+                fields.next().write_tagged_implicit(Tag::context(0), |id| id.write_bytes(self.issuer_key_id));
+            });
+        });
+        extension(extensions, SUBJECT_KEY_ID, false, |writer| writer.write_bytes(&key_id(self.public_key)));
+        extension(extensions, KEY_USAGE, true, |writer| {
+            // Bits 0 and 2 of RFC 5280 section 4.2.1.3, trailing zeros cut off as DER demands.
+            match (self.usages.contains(Usage::DigitalSignature), self.usages.contains(Usage::KeyEncipherment)) {
+                (signs, true) => writer.write_bitvec_bytes(&[if signs { 0b1010_0000 } else { 0b0010_0000 }], 3),
+                (_, false) => writer.write_bitvec_bytes(&[0b1000_0000], 1),
+            }
+        });
+        let purposes = [(Usage::ServerAuth, SERVER_AUTH), (Usage::ClientAuth, CLIENT_AUTH)];
+        let mut purposes = purposes.into_iter().filter(|(usage, _)| self.usages.contains(*usage)).peekable();
+        if purposes.peek().is_some() {
+            extension(extensions, EXTENDED_KEY_USAGE, false, |writer| {
+                writer.write_sequence(|list| purposes.for_each(|(_, oid)| write_oid(list.next(), oid)));
+            });
+        }
+        // cA is FALSE by default, and DER leaves defaults out: present and empty.
+        extension(extensions, BASIC_CONSTRAINTS, true, |writer| writer.write_sequence(|_| ()));
+        if self.names.san_count() > 0 {
+            let no_subject = self.names.common_name.is_none() && self.names.organizations.is_empty();
+            extension(extensions, SUBJECT_ALT_NAME, no_subject, |writer| write_alternative_names(writer, self.names));
+        }
+    }
+}
+
+/// The identifier of a key whose certificate carries none.
+pub(super) fn key_id(key: &PublicKey) -> [u8; KEY_ID_BYTES] {
+    let digest = digest(&SHA256, key.der_bytes());
+    digest.as_ref()[..KEY_ID_BYTES].try_into().expect("SHA-256 is longer")
+}
+
+/// A random serial number, positive when read as unsigned and never zero (RFC 5280 section 4.1.2.2).
+pub(super) fn random_serial() -> [u8; SERIAL_BYTES] {
+    let mut serial = [0; SERIAL_BYTES];
+    rand::fill(&mut serial).expect("the operating system has randomness");
+    if serial == [0; SERIAL_BYTES] {
+        serial[SERIAL_BYTES - 1] = 1;
+    }
+    serial
+}
+
+/// Organizations, then the common name, each its own RDN, as UTF8String.
+fn write_subject(writer: DERWriter<'_>, names: &Names) {
+    let organizations = names.organizations.iter().map(|name| (ORGANIZATION, name));
+    let common_name = names.common_name.iter().map(|name| (COMMON_NAME, name));
+    writer.write_sequence(|rdns| {
+        for (oid, text) in organizations.chain(common_name) {
+            rdns.next().write_set(|rdn| {
+                rdn.next().write_sequence(|attribute| {
+                    write_oid(attribute.next(), oid);
+                    attribute.next().write_utf8_string(text);
+                });
+            });
+        }
+    });
+}
+
+/// GeneralNames (RFC 5280 section 4.2.1.6).
+fn write_alternative_names(writer: DERWriter<'_>, names: &Names) {
+    const DNS: u64 = 2;
+    const URI: u64 = 6;
+    const IP: u64 = 7;
+    writer.write_sequence(|list| {
+        let mut name = |kind, bytes: &[u8]| {
+            list.next().write_tagged_implicit(Tag::context(kind), |writer| writer.write_bytes(bytes));
+        };
+        names.dns.iter().for_each(|dns| name(DNS, dns.as_str().as_bytes()));
+        for ip in &names.ips {
+            match ip {
+                IpAddr::V4(ip) => name(IP, &ip.octets()),
+                IpAddr::V6(ip) => name(IP, &ip.octets()),
+            }
+        }
+        names.uris.iter().for_each(|uri| name(URI, uri.as_bytes()));
+    });
+}
+
+/// UTCTime to the end of 2049, GeneralizedTime from then on, in whole seconds (RFC 5280 section 4.1.2.5).
+fn write_time(writer: DERWriter<'_>, time: SystemTime) {
+    let seconds = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let time = OffsetDateTime::from(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
+    match UTCTime::from_datetime_opt(time) {
+        Some(time) => writer.write_utctime(&time),
+        None => writer.write_generalized_time(&GeneralizedTime::from_datetime(time)),
+    }
+}
+
+fn extension(list: &mut DERWriterSeq<'_>, oid: &[u64], critical: bool, value: impl FnOnce(DERWriter<'_>)) {
+    list.next().write_sequence(|fields| {
+        write_oid(fields.next(), oid);
+        if critical {
+            fields.next().write_bool(true);
+        }
+        fields.next().write_bytes(&yasna::construct_der(value));
+    });
+}
+
+fn write_oid(writer: DERWriter<'_>, oid: &[u64]) {
+    writer.write_oid(&ObjectIdentifier::from_slice(oid));
+}

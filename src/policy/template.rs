@@ -13,7 +13,7 @@ use crate::{
     attest::UnixFacts,
     x509::{
         DnsName, Names,
-        name::{MAX_DNS_LABEL_BYTES, MAX_SUBJECT_CHARS},
+        name::{MAX_DNS_LABEL_BYTES, MAX_SUBJECT_CHARS, NameError},
     },
 };
 
@@ -104,7 +104,7 @@ impl Pattern {
         }
         let (head, rest) = kind.split_head(text)?;
         let parts = match kind.separator() {
-            Some(separator) => rest.split(separator).map(Part::parse).collect::<Result<Vec<_>, _>>()?,
+            Some(separator) => split_outside_slots(rest, separator).map(Part::parse).collect::<Result<Vec<_>, _>>()?,
             None => vec![Part::parse(rest)?],
         };
         let pattern = Self { text: text.to_owned(), kind, head: head.to_owned(), parts };
@@ -205,7 +205,11 @@ impl Pattern {
             Kind::Uri => Names { uris: vec![sample.replace('*', "x")], ..Names::default() }.check(),
             Kind::Subject => Names { common_name: Some(sample), ..Names::default() }.check(),
         };
-        checked.map_err(|error| error.to_string())
+        // The name in the error is the sample, which the author never wrote.
+        checked.map_err(|error| match error {
+            NameError::Dns { why, .. } | NameError::Uri { why, .. } => why.to_owned(),
+            _ => format!("it must have 1 to {MAX_SUBJECT_CHARS} printable characters"),
+        })
     }
 }
 
@@ -290,6 +294,15 @@ impl Part {
     }
 }
 
+/// The names of facts hold dots of their own.
+fn split_outside_slots(text: &str, separator: char) -> impl Iterator<Item = &str> {
+    let mut inside = false;
+    text.split(move |c| {
+        inside = c == '{' || (inside && c != '}');
+        c == separator && !inside
+    })
+}
+
 /// For a denial: names the caller's own fact.
 impl fmt::Display for Unfilled {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -333,5 +346,252 @@ impl Glob {
             }
         });
         same && segments.next().is_none()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn facts(user: &str) -> UnixFacts {
+        UnixFacts {
+            uid: 1000,
+            gid: 33,
+            supplementary_gids: Vec::new(),
+            user: Some(user.to_owned()),
+            group: None,
+            executable: None,
+            executable_sha256: Some("0".repeat(64)),
+            systemd_unit: Some("web.service".to_owned()),
+            cgroup: None,
+        }
+    }
+
+    fn pattern(kind: Kind, text: &str) -> Pattern {
+        Pattern::parse(kind, text).unwrap_or_else(|error| panic!("{text}: {error}"))
+    }
+
+    fn matches(kind: Kind, text: &str, yes: &[&str], no: &[&str]) {
+        let pattern = pattern(kind, text);
+        for asked in yes {
+            assert_eq!(pattern.matches(asked, &facts("web")), Ok(true), "{text} allows {asked}");
+        }
+        for asked in no {
+            assert_eq!(pattern.matches(asked, &facts("web")), Ok(false), "{text} does not allow {asked}");
+        }
+    }
+
+    #[test]
+    fn a_dns_wildcard_is_exactly_one_label() {
+        matches(
+            Kind::Dns,
+            "web.example.org",
+            &["web.example.org"],
+            &["example.org", "a.web.example.org", "webxexample.org"],
+        );
+        matches(
+            Kind::Dns,
+            "*.web.example.org",
+            &["a.web.example.org"],
+            &["web.example.org", "a.b.web.example.org", "*.web.example.org", ".web.example.org", "-.web.example.org"],
+        );
+        matches(Kind::Dns, "a.*.org", &["a.b.org"], &["a.org", "a.b.c.org"]);
+        matches(Kind::Dns, "*.*.org", &["a.b.org"], &["*.b.org", "a.org"]);
+    }
+
+    #[test]
+    fn a_literal_wildcard_has_its_own_kind() {
+        matches(
+            Kind::WildcardDns,
+            "*.web.example.org",
+            &["*.web.example.org"],
+            &["a.web.example.org", "*.example.org"],
+        );
+        matches(Kind::WildcardDns, "*.{unix.user}.example.org", &["*.web.example.org"], &["*.db.example.org"]);
+    }
+
+    #[test]
+    fn a_uri_wildcard_is_exactly_one_path_segment() {
+        matches(
+            Kind::Uri,
+            "spiffe://example.org/host/*",
+            &["spiffe://example.org/host/a", "spiffe://example.org/host/A._-9"],
+            &[
+                "spiffe://example.org/host",
+                "spiffe://example.org/host/",
+                "spiffe://example.org/host/a/b",
+                "spiffe://example.org/host/..",
+                "spiffe://example.org/host/.",
+                "spiffe://example.org/host/a%2fb",
+                "spiffe://example.org/host/a?b",
+                "spiffe://example.org/host/a#b",
+                "spiffe://example.org/host/*",
+                "spiffe://example.organic/host/a",
+                "spiffe://other.org/host/a",
+            ],
+        );
+        matches(
+            Kind::Uri,
+            "https://example.org",
+            &["https://example.org"],
+            &["https://example.org/", "https://example.org.uk"],
+        );
+    }
+
+    #[test]
+    fn slots_hold_the_callers_fact() {
+        matches(Kind::Dns, "{unix.user}.example.org", &["web.example.org"], &["db.example.org", "webb.example.org"]);
+        matches(Kind::Dns, "u{unix.uid}-x.{unix.user}.org", &["u1000-x.web.org"], &["u1001-x.web.org"]);
+        matches(Kind::Uri, "spiffe://example.org/{unix.systemdUnit}", &["spiffe://example.org/web.service"], &[]);
+        matches(Kind::Uri, "spiffe://e/{unix.gid}/{unix.uid}", &["spiffe://e/33/1000"], &["spiffe://e/1000/33"]);
+        matches(Kind::Subject, "Team {unix.user}", &["Team web"], &["Team db", "Team", "web"]);
+        let filled = pattern(Kind::Dns, "*.u{unix.uid}.org").fill(&facts("web"));
+        assert_eq!(filled.as_deref(), Ok("*.u1000.org"));
+    }
+
+    #[test]
+    fn a_value_that_does_not_fit_its_slot_grants_nothing() {
+        let dns = pattern(Kind::Dns, "{unix.user}.example.org");
+        for user in ["a.b", "*", "", "-a", "a-", "A", "a_b", "ü", "a b", "a/b", &"a".repeat(64)] {
+            let why = dns.matches("web.example.org", &facts(user)).unwrap_err().to_string();
+            assert!(why.ends_with("is not a single lower-case DNS label"), "{user}: {why}");
+        }
+        let uri = pattern(Kind::Uri, "spiffe://e/{unix.user}/x");
+        for user in [".", "..", "a/b", "", "a%2fb", "*", "a?b", "a#b", "a b", "ü"] {
+            let why = uri.matches("spiffe://e/web/x", &facts(user)).unwrap_err().to_string();
+            assert!(why.contains("is not a single URI path segment"), "{user}: {why}");
+        }
+        let subject = pattern(Kind::Subject, "{unix.user}.example.org");
+        for user in ["a.b", "", "a b", "a,O=x", "a:b", &"a".repeat(65)] {
+            let why = subject.matches("web.example.org", &facts(user)).unwrap_err().to_string();
+            assert!(why.contains("is not a word of letters"), "{user}: {why}");
+        }
+        let absent = pattern(Kind::Dns, "{unix.group}.example.org").fill(&facts("web")).unwrap_err();
+        assert_eq!(absent.to_string(), "the caller has no unix.group");
+        let long = pattern(Kind::Dns, "x{unix.user}.example.org").fill(&facts(&"a".repeat(63))).unwrap_err();
+        assert!(long.to_string().contains("is not a single lower-case DNS label"));
+    }
+
+    #[test]
+    fn a_pattern_that_could_not_mean_what_it_says_is_refused() {
+        for (kind, text, words) in [
+            (Kind::Dns, "", "it must have 1 to 253 bytes"),
+            (Kind::Dns, "a..b", "each label"),
+            (Kind::Dns, "Web.example.org", "labels may hold only a-z"),
+            (Kind::Dns, "example.org.", "each label"),
+            (Kind::Dns, "*", "at least one label must not be '*'"),
+            (Kind::Dns, "*.*", "at least one label must not be '*'"),
+            (Kind::Dns, "w*.example.org", "'*' must be a whole label"),
+            (Kind::Dns, "**.example.org", "'*' must be a whole label"),
+            (Kind::Dns, "{unix.user}{unix.uid}.org", "at most one {fact}"),
+            (Kind::Dns, "{unix.user.org", "'{' without '}'"),
+            (Kind::Dns, "unix.user}.org", "'}' without '{'"),
+            (Kind::Dns, "{{unix.uid}}.org", "'{' without '}'"),
+            (Kind::Dns, "{uid}.org", "no fact is named \"uid\"; a slot may hold unix.uid, unix.gid"),
+            (Kind::Dns, "10.0.0.1", "its last label is all digits"),
+            (Kind::WildcardDns, "web.example.org", "it must begin with '*.'"),
+            (Kind::WildcardDns, "*.*.example.org", "only as the first label"),
+            (Kind::WildcardDns, "*.org", "at least two labels"),
+            (Kind::Uri, "example.org/a", "it must be absolute"),
+            (Kind::Uri, "spiffe://*/a", "must be literal"),
+            (Kind::Uri, "spiffe://{unix.user}/a", "must be literal"),
+            (Kind::Uri, "spiffe://example.org", "needs a path"),
+            (Kind::Uri, "SPIFFE://example.org/a", "its scheme must be lower case"),
+            (Kind::Uri, "spiffe://example.org/a b", "printable ASCII"),
+            (Kind::Uri, "spiffe://example.org/a*", "'*' must be a whole label or path segment"),
+            (Kind::Subject, "*", "'*' has no meaning here"),
+            (Kind::Subject, "*.example.org", "'*' must be a whole"),
+            (Kind::Subject, "", "1 to 64 printable characters"),
+            (Kind::Subject, "a\nb", "1 to 64 printable characters"),
+            (Kind::Subject, "{unix.user}.{unix.uid}", "at most one {fact}"),
+        ] {
+            let error = Pattern::parse(kind, text).expect_err(text);
+            assert!(error.contains(words), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_pattern_has_a_bound_in_bytes() {
+        let uri = |bytes: usize| format!("https://e/{}", "a".repeat(bytes - 10));
+        assert!(Pattern::parse(Kind::Uri, &uri(MAX_PATTERN_BYTES)).is_ok());
+        let error = Pattern::parse(Kind::Uri, &uri(MAX_PATTERN_BYTES + 1)).unwrap_err();
+        assert_eq!(error, "it has 2049 bytes, at most 2048 are allowed");
+        assert!(Glob::parse(&"a".repeat(MAX_PATTERN_BYTES)).is_ok());
+        assert!(Glob::parse(&"a".repeat(MAX_PATTERN_BYTES + 1)).is_err());
+    }
+
+    #[test]
+    fn every_slot_names_a_fact_that_the_caller_is_shown() {
+        let workload = crate::attest::Workload::for_test(UnixFacts { group: Some("g".to_owned()), ..facts("web") });
+        for fact in Fact::ALL {
+            let value = fact.of(workload.unix()).map(Cow::into_owned);
+            assert_eq!(value.as_ref(), workload.facts().get(fact.name()), "{}", fact.name());
+        }
+    }
+
+    #[test]
+    fn a_glob_stays_within_a_segment() {
+        for (glob, yes, no) in [
+            ("/usr/bin/web", "/usr/bin/web", "/usr/bin/webb"),
+            ("/opt/*/bin/web", "/opt/a/bin/web", "/opt/a/b/bin/web"),
+            ("/opt/*/bin/web", "/opt/bin/bin/web", "/opt//bin/web"),
+            ("/opt/web-*", "/opt/web-1", "/opt/web-"),
+            ("/opt/web-*", "/opt/web-1.2", "/opt/web-1/x"),
+            ("web@*.service", "web@a.service", "web@.service"),
+            ("web@*.service", "web@a@b.service", "web@a.socket"),
+            ("aa*aa", "aabaa", "aaa"),
+        ] {
+            let glob = Glob::parse(glob).unwrap();
+            assert!(glob.matches(yes), "{glob:?} {yes}");
+            assert!(!glob.matches(no), "{glob:?} {no}");
+        }
+        assert_eq!(Glob::parse("/a/*b*").unwrap_err(), "at most one '*' between two slashes");
+        assert_eq!(Glob::parse("/a/{unix.uid}").unwrap_err(), "no {fact} slots here");
+        assert_eq!(Glob::parse("").unwrap_err(), "it must have 1 to 2048 bytes");
+    }
+
+    proptest! {
+        #[test]
+        fn a_filled_slot_adds_no_part_and_changes_no_other(user in any::<String>()) {
+            if let Ok(name) = pattern(Kind::Dns, "a.x{unix.user}.example.org").fill(&facts(&user)) {
+                prop_assert!(DnsName::parse(&name).is_ok());
+                let labels: Vec<_> = name.split('.').collect();
+                prop_assert_eq!((labels.len(), labels[0], labels[2], labels[3]), (4, "a", "example", "org"));
+            }
+            if let Ok(uri) = pattern(Kind::Uri, "spiffe://example.org/a/{unix.user}/b").fill(&facts(&user)) {
+                prop_assert!(crate::spiffe::SpiffeId::parse(&uri).is_ok());
+                let segments: Vec<_> = uri.split('/').collect();
+                prop_assert_eq!((segments.len(), segments[2], segments[3], segments[5]), (6, "example.org", "a", "b"));
+            }
+            if let Ok(name) = pattern(Kind::Subject, "CN {unix.user}").fill(&facts(&user)) {
+                prop_assert!(name[3..].bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b)));
+            }
+        }
+
+        #[test]
+        fn only_the_filled_text_matches_a_template_without_wildcards(
+            user in "[a-z*./-]{0,6}",
+            asked in "[a-z*./-]{0,6}(\\.example\\.org)?",
+        ) {
+            let pattern = pattern(Kind::Dns, "{unix.user}.example.org");
+            let facts = facts(&user);
+            if let Ok(matched) = pattern.matches(&asked, &facts) {
+                prop_assert_eq!(matched, pattern.fill(&facts).as_deref() == Ok(asked.as_str()));
+            }
+        }
+
+        #[test]
+        fn no_text_breaks_the_parser(text in "[a-z*{}./:]{0,40}|\\PC{0,40}", asked in "\\PC{0,40}") {
+            for kind in [Kind::Dns, Kind::WildcardDns, Kind::Uri, Kind::Subject] {
+                if let Ok(pattern) = Pattern::parse(kind, &text) {
+                    let _ = pattern.matches(&asked, &facts("web"));
+                }
+            }
+            if let Ok(glob) = Glob::parse(&text) {
+                glob.matches(&asked);
+            }
+        }
     }
 }

@@ -32,25 +32,23 @@ import java.util.List;
 import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.TimeUnit;
 
-/** grpc-java over netty's epoll sockets. Arguments: targets, each `unix:/path`, `unix:///path`, or `/path` for an address. */
+/** grpc-java over netty's epoll sockets. Argument: `unix:/path` or `unix:///path`, or `/path` for a socket address. */
 public final class Client {
   private static final int DEADLINE_SECONDS = 60;
 
-  public static void main(String[] targets) throws Exception {
-    for (String target : targets) {
-      System.out.println("-- " + target);
-      if (target.startsWith("unix:")) {
-        run(Grpc.newChannelBuilder(target, InsecureChannelCredentials.create()).build());
-        continue;
-      }
-      var group = new MultiThreadIoEventLoopGroup(1, EpollIoHandler.newFactory());
-      run(NettyChannelBuilder.forAddress(new DomainSocketAddress(target))
-          .channelType(EpollDomainSocketChannel.class)
-          .eventLoopGroup(group)
-          .usePlaintext()
-          .build());
-      group.shutdownGracefully(0, DEADLINE_SECONDS, TimeUnit.SECONDS).sync();
+  public static void main(String[] arguments) throws Exception {
+    String target = arguments[0];
+    if (target.startsWith("unix:")) {
+      run(Grpc.newChannelBuilder(target, InsecureChannelCredentials.create()).build());
+      return;
     }
+    var group = new MultiThreadIoEventLoopGroup(1, EpollIoHandler.newFactory());
+    run(NettyChannelBuilder.forAddress(new DomainSocketAddress(target))
+        .channelType(EpollDomainSocketChannel.class)
+        .eventLoopGroup(group)
+        .usePlaintext()
+        .build());
+    group.shutdownGracefully(0, DEADLINE_SECONDS, TimeUnit.SECONDS).sync();
   }
 
   private static void run(ManagedChannel channel) throws Exception {

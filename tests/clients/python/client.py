@@ -1,6 +1,7 @@
 """gRPC-core as Python ships it. usage: client.py TARGET PROTO_FOLDER [RESTART]
 
-TARGET is `unix:/path` or `unix:///path`; RESTART is a program that restarts the agent and returns when it serves again.
+TARGET is `unix:/path` or `unix:///path`; RESTART is a command that ends the agent and returns when
+its successor has been started.
 """
 
 import subprocess

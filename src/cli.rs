@@ -8,6 +8,7 @@ pub mod completion;
 pub mod issue;
 pub mod request;
 pub mod status;
+pub mod watch;
 pub mod whoami;
 
 use std::{
@@ -39,6 +40,7 @@ struct Cli {
 #[derive(Debug, clap::Subcommand)]
 enum Command {
     Issue(issue::Args),
+    Watch(watch::Args),
     Whoami(whoami::Args),
     Status(status::Args),
     Completion(completion::Args),
@@ -92,6 +94,7 @@ impl Command {
     async fn run(self) -> anyhow::Result<ExitCode> {
         match self {
             Self::Issue(args) => issue::run(args).await,
+            Self::Watch(args) => watch::run(args).await,
             Self::Whoami(args) => whoami::run(args).await,
             Self::Status(args) => status::run(args).await,
             Self::Completion(args) => completion::run(args, <Cli as clap::CommandFactory>::command()),

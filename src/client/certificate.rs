@@ -36,6 +36,15 @@ pub struct Certificate {
     pub signer_name: String,
 }
 
+impl Certificate {
+    /// Whether both would be written as the same files.
+    pub fn same_files_as(&self, other: &Self) -> bool {
+        self.certificate_chain == other.certificate_chain
+            && self.private_key == other.private_key
+            && self.trust_bundle == other.trust_bundle
+    }
+}
+
 impl TryFrom<v1::Certificate> for Certificate {
     type Error = ClientError;
 

@@ -65,6 +65,13 @@ pub enum Target {
     Combined(PathBuf),
 }
 
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Self::Folder(path) | Self::Files(path) | Self::Combined(path)) = self;
+        path.display().fmt(f)
+    }
+}
+
 /// Why nothing was written. The old files are as they were.
 #[derive(Debug, thiserror::Error)]
 pub enum SinkError {

@@ -33,7 +33,7 @@ use prometheus_client::{
     registry::{Metric, Registry, Unit},
 };
 
-/// Content type of [`Metrics::encode`].
+/// Content type of [`Families::encode`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// From a warm embedded signer (under a millisecond) to a person who approves (a minute).

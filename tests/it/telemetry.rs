@@ -1,5 +1,8 @@
 //! Traces as a collector receives them, over gRPC and over HTTP, and logs as an operator reads them.
 
+#![allow(clippy::unwrap_used, reason = "a helper of a test fails the test")]
+#![allow(clippy::disallowed_methods, reason = "a test's collector is owned by the test's runtime")]
+
 use std::{
     collections::HashMap,
     io,
@@ -455,7 +458,7 @@ fn a_filter_or_a_variable_that_cannot_be_used_is_an_error() {
     let check = |filter: &str, variables: &[(&str, &str)], expected: &str| {
         let log = Log { format: LogFormat::Text, filter: filter.to_owned(), ansi: false };
         let variables = variables.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
-        let error = Telemetry::new(&log, &variables, io::sink).err().expect("an error");
+        let error = Telemetry::new(&log, &variables, io::sink).expect_err("an error");
         assert_eq!(error.to_string(), expected);
     };
     check("csrd=loud", &[], r#"log filter "csrd=loud" is not a list of LEVEL or TARGET=LEVEL"#);

@@ -145,9 +145,9 @@ impl Attestor {
         let cgroup = cgroup.filter(|_| peer.capabilities().host_cgroups);
         let (mut path, mut sha256) = (None, None);
         if let Some(file) = seen.executable {
-            path = self.executables.path(handle, file).await.map_err(gone_or("the executable's path"))?;
+            path = self.executables.path(handle, file, status.uid).await.map_err(gone_or("the executable's path"))?;
             if hashed {
-                sha256 = self.executables.sha256(handle, file).await.map_err(gone_or("the executable"))?;
+                sha256 = self.executables.sha256(handle, file, status.uid).await.map_err(gone_or("the executable"))?;
             }
         }
         Ok(UnixFacts {

@@ -45,13 +45,18 @@ pub(super) fn path(text: &str) -> Result<Option<&str>, Conflict> {
 /// What lies below a unit is at the mercy of whoever it was delegated to, so it names nothing: a user's own `web.service`
 /// lies below `user@1000.service` and is that unit.
 pub(super) fn unit(path: &str) -> Option<&str> {
-    let part = path.split('/').skip(1).map(unescape).find(|part| !is_unit(part, &["slice"]))?;
+    let part = path.split('/').skip(1).map(unescape).find(|part| !is_slice(part))?;
     is_unit(part, &UNIT_TYPES).then_some(part)
 }
 
 /// systemd puts `_` before a name that could be mistaken for a file of the kernel's (`cg_escape`).
 fn unescape(part: &str) -> &str {
     part.strip_prefix('_').unwrap_or(part)
+}
+
+/// systemd's `valid_slice_name`: a slice is never an instance.
+fn is_slice(part: &str) -> bool {
+    is_unit(part, &["slice"]) && !part.contains('@')
 }
 
 /// systemd's `unit_name_is_valid` for names that are plain or instances, which is what runs.
@@ -110,6 +115,7 @@ mod tests {
         check_path("/system.slice/docker-0a1b.scope/system.slice/web.service", Some("docker-0a1b.scope"));
         check_path("/docker/0a1b/system.slice/web.service", None);
         check_path("/../system.slice/web.service", None);
+        check_path("/a@b.slice/web.service", None);
     }
 
     #[test]

@@ -6,9 +6,8 @@
 
 use std::{
     collections::HashMap,
-    fs::File,
     io::{self, Read},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, UNIX_EPOCH},
 };
 
@@ -17,7 +16,10 @@ use rustix::{
     fs::{CWD, Mode, OFlags, ResolveFlags},
     io::Errno,
 };
-use tokio::sync::Semaphore;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::timeout,
+};
 
 use super::proc::{FileId, ProcHandle};
 use crate::clock::Clock;
@@ -28,6 +30,8 @@ const HASHED_BYTES_MAX: u64 = 512 << 20;
 const EXAMINED_AT_A_TIME_MAX: usize = 2;
 /// How long one caller waits for its file to be hashed or looked up.
 const EXAMINE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Bytes read at a time.
+const CHUNK_BYTES: usize = 128 << 10;
 /// Hashes remembered; when there are more, all are forgotten.
 const REMEMBERED_MAX: usize = 1024;
 /// A file changed less than this long ago could change again without its times showing it, so its hash is not remembered.
@@ -35,92 +39,134 @@ const SETTLED_AFTER: Duration = Duration::from_secs(2);
 /// What the kernel appends to the path of a file that has no name any more.
 const DELETED: &[u8] = b" (deleted)";
 
-/// Looks at executables, a bounded number at a time, and remembers their hashes.
+/// Looks at executables, a bounded number at a time and one for each user, and remembers their hashes.
 #[derive(Debug)]
 pub(super) struct Executables {
-    clock: Clock,
+    hashes: Arc<Hashes>,
     slots: Arc<Semaphore>,
-    hashes: Mutex<HashMap<FileId, String>>,
+    /// Whose turn it is among the callers of one user, so that one user's files delay another's by one file at most.
+    turns: Mutex<HashMap<u32, Arc<Semaphore>>>,
+}
+
+/// SHA-256 by file, in hexadecimal.
+#[derive(Debug)]
+struct Hashes {
+    clock: Clock,
+    known: Mutex<HashMap<FileId, String>>,
+}
+
+/// The right to occupy a thread, held until the work on it is done.
+struct Slot {
+    _turn: OwnedSemaphorePermit,
+    _slot: OwnedSemaphorePermit,
 }
 
 impl Executables {
     pub(super) fn new(clock: Clock) -> Self {
         let slots = Arc::new(Semaphore::new(EXAMINED_AT_A_TIME_MAX));
-        Self { clock, slots, hashes: Mutex::default() }
+        Self { hashes: Arc::new(Hashes { clock, known: Mutex::default() }), slots, turns: Mutex::default() }
     }
 
-    /// The path of the executable `file` of a process, if it is proven.
+    /// The path of the executable `file` of a process of user `uid`, if it is proven.
     ///
     /// # Errors
     /// The file system did not answer in time.
-    pub(super) async fn path(&self, handle: &ProcHandle, file: FileId) -> io::Result<Option<String>> {
+    pub(super) async fn path(&self, handle: &ProcHandle, file: FileId, uid: u32) -> io::Result<Option<String>> {
         let path = handle.executable_path()?;
         if path.ends_with(DELETED) {
             return Ok(None);
         }
         let Ok(path) = String::from_utf8(path) else { return Ok(None) };
         // Every folder of a running executable's path is in memory, so this neither waits nor fails on a local disk.
-        let known = match names_file(&path, file, ResolveFlags::CACHED) {
+        let proven = match names_file(&path, file, ResolveFlags::CACHED) {
             Err(Errno::AGAIN | Errno::INVAL | Errno::NOSYS) => {
                 let path = path.clone();
-                self.examine(move || Ok(names_file(&path, file, ResolveFlags::empty())?)).await?
+                let examined = async {
+                    let slot = self.slot(uid).await?;
+                    examine(slot, move || Ok(names_file(&path, file, ResolveFlags::empty())?)).await
+                };
+                timeout(EXAMINE_TIMEOUT, examined).await??
             }
-            known => known?,
+            proven => proven?,
         };
-        Ok(known.then_some(path))
+        Ok(proven.then_some(path))
     }
 
-    /// The SHA-256 of the executable `file` of a process, in hexadecimal; `None` if it cannot be read, is too large, or
-    /// is not this file any more.
+    /// The SHA-256 of the executable `file` of a process of user `uid`, in hexadecimal; `None` if it may not be read, is
+    /// larger than 512 MiB, or is not what the process runs any more.
     ///
     /// # Errors
-    /// It could not be hashed in time.
-    pub(super) async fn sha256(&self, handle: &ProcHandle, file: FileId) -> io::Result<Option<String>> {
-        if let Some(known) = self.hashes().get(&file) {
-            return Ok(Some(known.clone()));
+    /// It could not be read, or not in time.
+    pub(super) async fn sha256(&self, handle: &ProcHandle, file: FileId, uid: u32) -> io::Result<Option<String>> {
+        if let Some(known) = self.hashes.of(file) {
+            return Ok(Some(known));
         }
         if file.size > HASHED_BYTES_MAX {
             return Ok(None);
         }
-        let opened = match handle.open_executable() {
-            Ok(opened) => opened,
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Ok(None),
-            Err(error) => return Err(error),
+        let (handle, hashes) = (handle.try_clone()?, Arc::clone(&self.hashes));
+        let examined = async {
+            let slot = self.slot(uid).await?;
+            examine(slot, move || hashes.find(&handle, file)).await
         };
-        let found = self.examine(move || hash_if(opened, file)).await?;
+        timeout(EXAMINE_TIMEOUT, examined).await?
+    }
+
+    async fn slot(&self, uid: u32) -> io::Result<Slot> {
+        let turn = {
+            let mut turns = lock(&self.turns);
+            turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+            Arc::clone(turns.entry(uid).or_insert_with(|| Arc::new(Semaphore::new(1))))
+        };
+        let turn = turn.acquire_owned().await.map_err(io::Error::other)?;
+        let slot = Arc::clone(&self.slots).acquire_owned().await.map_err(io::Error::other)?;
+        Ok(Slot { _turn: turn, _slot: slot })
+    }
+}
+
+impl Hashes {
+    fn of(&self, file: FileId) -> Option<String> {
+        lock(&self.known).get(&file).cloned()
+    }
+
+    fn find(&self, handle: &ProcHandle, file: FileId) -> io::Result<Option<String>> {
+        // Another process of this user may have run the same file.
+        if let Some(known) = self.of(file) {
+            return Ok(Some(known));
+        }
+        let found = hash(handle, file)?;
         if let Some(hash) = &found
             && self.is_settled(file)
         {
-            let mut hashes = self.hashes();
-            if hashes.len() >= REMEMBERED_MAX {
-                hashes.clear();
+            let mut known = lock(&self.known);
+            if known.len() >= REMEMBERED_MAX {
+                known.clear();
             }
-            hashes.insert(file, hash.clone());
+            known.insert(file, hash.clone());
         }
         Ok(found)
-    }
-
-    async fn examine<T: Send + 'static>(&self, work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
-        let examined = async {
-            let slot = Arc::clone(&self.slots).acquire_owned().await.map_err(io::Error::other)?;
-            // The slot goes with the work, which cannot be stopped: work that hangs keeps its slot, not ours.
-            tokio::task::spawn_blocking(move || {
-                let _slot = slot;
-                work()
-            })
-            .await?
-        };
-        tokio::time::timeout(EXAMINE_TIMEOUT, examined).await?
     }
 
     fn is_settled(&self, file: FileId) -> bool {
         let changed = UNIX_EPOCH + Duration::from_secs(file.changed.0.try_into().unwrap_or_default());
         self.clock.now().duration_since(changed).is_ok_and(|age| age > SETTLED_AFTER)
     }
+}
 
-    fn hashes(&self) -> std::sync::MutexGuard<'_, HashMap<FileId, String>> {
-        self.hashes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+/// Does `work` where it may block. It cannot be stopped, so the slot goes with it: work that hangs keeps its own slot.
+async fn examine<T: Send + 'static>(
+    slot: Slot,
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    let work = move || {
+        let _slot = slot;
+        work()
+    };
+    tokio::task::spawn_blocking(work).await?
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Whether `path` is this file on our own mounts. The kernel's path has no symbolic links, so none is followed.
@@ -135,13 +181,18 @@ fn names_file(path: &str, file: FileId, resolve: ResolveFlags) -> Result<bool, E
     }
 }
 
-/// SHA-256 of `opened` if it is `file` before and after it is read.
-fn hash_if(mut opened: File, file: FileId) -> io::Result<Option<String>> {
+/// SHA-256 of what a process runs, if that is `file` before and after it is read.
+fn hash(handle: &ProcHandle, file: FileId) -> io::Result<Option<String>> {
+    let mut opened = match handle.open_executable() {
+        Ok(opened) => opened,
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Ok(None),
+        Err(error) => return Err(error),
+    };
     if FileId::of(&opened)? != file {
         return Ok(None);
     }
     let mut context = digest::Context::new(&digest::SHA256);
-    let mut chunk = vec![0; 128 << 10];
+    let mut chunk = vec![0; CHUNK_BYTES];
     // Bounded by the size that was checked, even if the file grows.
     let mut left = file.size;
     while left > 0 {

@@ -8,7 +8,7 @@ use std::{
     fs::File,
     io::{self, Read},
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Mutex, PoisonError},
 };
 
 use super::proc::FileId;
@@ -20,7 +20,14 @@ const FILE_BYTES_MAX: u64 = 4 << 20;
 #[derive(Debug)]
 pub(super) struct Names {
     file: PathBuf,
-    read: Mutex<Option<(FileId, HashMap<u32, Arc<str>>)>>,
+    read: Mutex<Option<Table>>,
+}
+
+/// The file's contents, and which file that was.
+#[derive(Debug)]
+struct Table {
+    file: FileId,
+    names: HashMap<u32, Box<str>>,
 }
 
 impl Names {
@@ -35,27 +42,26 @@ impl Names {
             tracing::debug!(file = %self.file.display(), %error, "no names");
             *read = None;
         }
-        let (_, names) = read.as_ref()?;
-        Some(names.get(&id)?.as_ref().to_owned())
+        Some(read.as_ref()?.names.get(&id)?.to_string())
     }
 
-    fn refresh(&self, read: &mut Option<(FileId, HashMap<u32, Arc<str>>)>) -> io::Result<()> {
+    fn refresh(&self, read: &mut Option<Table>) -> io::Result<()> {
         let file = File::open(&self.file)?;
         let found = FileId::of(&file)?;
-        if read.as_ref().is_some_and(|(known, _)| *known == found) {
+        if read.as_ref().is_some_and(|table| table.file == found) {
             return Ok(());
         }
         let mut text = Vec::new();
         if file.take(FILE_BYTES_MAX + 1).read_to_end(&mut text)? as u64 > FILE_BYTES_MAX {
             return Err(io::ErrorKind::FileTooLarge.into());
         }
-        *read = Some((found, parse(&String::from_utf8_lossy(&text))));
+        *read = Some(Table { file: found, names: parse(&String::from_utf8_lossy(&text)) });
         Ok(())
     }
 }
 
 /// `name:password:id:…` (passwd(5), group(5)); lines that are not so, among them NIS's `+name`, are passed over.
-fn parse(text: &str) -> HashMap<u32, Arc<str>> {
+fn parse(text: &str) -> HashMap<u32, Box<str>> {
     let mut names = HashMap::new();
     for line in text.lines() {
         let mut fields = line.split(':');

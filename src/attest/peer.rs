@@ -6,7 +6,7 @@
 
 use std::{
     fmt, io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -14,7 +14,7 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec},
     io::Errno,
     net::sockopt,
-    process::{Pid, PidfdFlags},
+    process::{Pid, PidfdFlags, pidfd_open},
     time::ClockId,
 };
 use tokio::{io::unix::AsyncFd, net::UnixStream};
@@ -60,33 +60,54 @@ impl Peer {
     /// # Errors
     /// The process has exited, or cannot be seen from here: see [`AttestError`].
     pub fn of(stream: &UnixStream, attestor: &Attestor) -> Result<Self, AttestError> {
-        let capabilities = attestor.capabilities();
+        let (capabilities, now) = (attestor.capabilities(), boot_ticks());
         // Inherited from a prepared listener; without one, what was written before now has no writer and is refused.
         sockopt::set_socket_passcred(stream, true).map_err(|error| unreadable("SO_PASSCRED")(error.into()))?;
         let connected = stream.peer_cred().map_err(unreadable("SO_PEERCRED"))?;
-        let pid = connected.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid != 0);
-        let pid = pid.ok_or(AttestError::ForeignPidNamespace)?;
-        let (pidfd, handle) = if capabilities.peer_pidfd {
+        // Zero is the kernel's word for a process that has no number here.
+        let number = connected.pid().and_then(Pid::from_raw).ok_or(AttestError::ForeignPidNamespace)?;
+        let connected = Ids { uid: connected.uid(), gid: connected.gid() };
+        if capabilities.peer_pidfd {
             let pidfd = kernel::peer_pidfd(stream.as_fd()).map_err(gone_or("SO_PEERPIDFD"))?;
-            (pidfd, ProcHandle::open(pid).map_err(gone_or("/proc/PID"))?)
+            Self::hold(number, connected, pidfd, None, capabilities)
         } else {
-            hold_by_number(pid, boot_ticks())?
-        };
-        // A process that has not exited still has its number: what was opened by that number is the same process.
+            let pidfd = pidfd_open(number, PidfdFlags::empty());
+            let pidfd = pidfd.map_err(|error| gone_or("pidfd_open")(error.into()))?;
+            Self::hold(number, connected, pidfd, Some(now), capabilities)
+        }
+    }
+
+    /// Opens by `number` what belongs to the process of `pidfd`, which must have started by `latest` (ticks since boot).
+    ///
+    /// Where the kernel has no `SO_PEERPIDFD`, a connection tells its peer's number only, and `pidfd` is of whoever had that
+    /// number when it was accepted. Such a process started too late to have connected, unless it took the number over
+    /// between connecting and accepting; it is then still of the user and group that connected.
+    fn hold(
+        number: Pid,
+        connected: Ids,
+        pidfd: OwnedFd,
+        latest: Option<u64>,
+        capabilities: Capabilities,
+    ) -> Result<Self, AttestError> {
+        let pid = number.as_raw_pid().unsigned_abs();
+        let opened = ProcHandle::open(pid);
+        // A process that has not exited still has its number: what was just opened by that number is the same process.
         require_alive(pidfd.as_fd())?;
-        let real_uid = match capabilities.pidfd_info {
-            true => kernel::process_ids(pidfd.as_fd()).map_err(gone_or("PIDFD_GET_INFO"))?.real_uid,
-            false => handle.status().map_err(gone_or("/proc/PID/status"))?.real_uid,
+        // Alive and yet absent: /proc is mounted with hidepid.
+        let handle = opened.map_err(unreadable("/proc/PID"))?;
+        let started = || handle.start_ticks().map_err(gone_or("/proc/PID/stat"));
+        if let Some(latest) = latest
+            && started()? > latest
+        {
+            return Err(AttestError::PidReused { pid });
+        }
+        let real_uid = if capabilities.pidfd_info {
+            kernel::process_ids(pidfd.as_fd()).map_err(gone_or("PIDFD_GET_INFO"))?.real_uid
+        } else {
+            handle.status().map_err(gone_or("/proc/PID/status"))?.real_uid
         };
-        Ok(Self {
-            pid,
-            connected: Ids { uid: connected.uid(), gid: connected.gid() },
-            real_uid,
-            pidfd: kernel::watch_exit(pidfd).map_err(unreadable("pidfd"))?,
-            handle,
-            capabilities,
-            attested: Mutex::new(None),
-        })
+        let pidfd = kernel::watch_exit(pidfd).map_err(unreadable("pidfd"))?;
+        Ok(Self { pid, connected, real_uid, pidfd, handle, capabilities, attested: Mutex::new(None) })
     }
 
     /// Process id, for logs and traces: it identifies nothing.
@@ -164,24 +185,6 @@ impl fmt::Debug for Peer {
     }
 }
 
-/// Handles to the process with this number, which must have started by `latest` (clock ticks since boot).
-///
-/// Where the kernel has no `SO_PEERPIDFD`, a connection tells its peer's number only. Were that process gone and its number
-/// taken by a process of the same user and group in the moment between connecting and being accepted, this cannot tell;
-/// from then on it can: such a process started too late.
-fn hold_by_number(pid: u32, latest: u64) -> Result<(OwnedFd, ProcHandle), AttestError> {
-    let handle = ProcHandle::open(pid).map_err(gone_or("/proc/PID"))?;
-    let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(AttestError::ForeignPidNamespace)?;
-    let pidfd = rustix::process::pidfd_open(number, PidfdFlags::empty());
-    let pidfd = pidfd.map_err(|error| gone_or("pidfd_open")(error.into()))?;
-    // Readable through the earlier handle after the pidfd was taken: the number did not change hands between them.
-    let started = handle.start_ticks().map_err(gone_or("/proc/PID/stat"))?;
-    if started > latest {
-        return Err(AttestError::PidReused { pid });
-    }
-    Ok((pidfd, handle))
-}
-
 /// Clock ticks since boot, as `/proc/PID/stat` counts them.
 fn boot_ticks() -> u64 {
     let now = rustix::time::clock_gettime(ClockId::Boottime);
@@ -190,7 +193,7 @@ fn boot_ticks() -> u64 {
 }
 
 /// A pidfd becomes readable when its process has exited (pidfd_open(2)).
-fn require_alive(pidfd: std::os::fd::BorrowedFd<'_>) -> Result<(), AttestError> {
+fn require_alive(pidfd: BorrowedFd<'_>) -> Result<(), AttestError> {
     let mut polled = [PollFd::from_borrowed_fd(pidfd, PollFlags::IN)];
     match rustix::event::poll(&mut polled, Some(&Timespec::default())) {
         Ok(0) => Ok(()),

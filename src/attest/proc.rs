@@ -45,6 +45,11 @@ impl ProcHandle {
         Ok(Self(rustix::fs::openat(CWD, format!("/proc/{pid}"), flags, Mode::empty())?))
     }
 
+    /// Another handle to the same process.
+    pub(super) fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self(self.0.try_clone()?))
+    }
+
     /// Effective user and group id, which the kernel shows as the folder's owner (`task_dump_owner` in `fs/proc/base.c`).
     ///
     /// A process that has exited shows as root: check afterwards that it lives.

@@ -381,13 +381,16 @@ mod tests {
             ("a table of 4097 bytes", &[0x3f, 0xe2, 0x1f], Err(SizeUpdate)),
             ("a table of no bytes, then of 4096", &[0x20, 0x3f, 0xe1, 0x1f, 0x82], Ok(1)),
             ("a size update after a field", &[0x82, 0x20], Err(SizeUpdate)),
+            ("an entry of the table", &[0x40, 1, b'a', 1, b'b', 0xbe], Ok(2)),
+            ("one past the entries of the table", &[0x40, 1, b'a', 1, b'b', 0xbf], Err(Index)),
             ("a literal without a name", &[0x00], Err(Truncated)),
             ("a literal without a value", &[0x00, 0x01, b'a'], Err(Truncated)),
             ("a value cut short", &[0x00, 0x01, b'a', 0x02, b'b'], Err(Truncated)),
             ("an empty name and value", &[0x00, 0x00, 0x00], Ok(1)),
             ("huffman: five bits of '0' and padding", &[0x04, 0x81, 0x07], Ok(1)),
             ("huffman: padding of zeros", &[0x04, 0x81, 0x00], Err(Huffman)),
-            ("huffman: an octet of padding", &[0x04, 0x82, 0x07, 0xff], Err(Huffman)),
+            ("huffman: seven bits of padding", &[0x04, 0x82, 0xfe, 0x7f], Ok(1)),
+            ("huffman: an octet of padding", &[0x04, 0x82, 0xf8, 0xff], Err(Huffman)),
             ("huffman: EOS", &[0x04, 0x84, 0xff, 0xff, 0xff, 0xff], Err(Huffman)),
             ("a list of 4096 bytes", &fields_of_4096, Ok(1)),
             ("a list past its bound", &[&fields_of_4096[..], &[0x82]].concat(), Err(ListSize)),
@@ -396,6 +399,20 @@ mod tests {
             let mut count = 0;
             let outcome = Decoder::new().decode(block, 4096, |_, _| count += 1).map(|()| count);
             assert_eq!(outcome, expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_smaller_table_forgets_its_oldest_entries() {
+        // Two entries of 34 bytes each; sizes of 31 and more take a second octet.
+        for (resize, kept) in [(&[0x3f, 37][..], 2), (&[0x3f, 36], 1), (&[0x3f, 3], 1), (&[0x3f, 2], 0), (&[0x20], 0)] {
+            let mut decoder = Decoder::new();
+            decode(&mut decoder, &[0x40, 1, b'a', 1, b'b', 0x40, 1, b'c', 1, b'd']).unwrap();
+            decode(&mut decoder, resize).unwrap();
+            for entry in 0..2 {
+                let expected = if entry < kept { Ok(1) } else { Err(HpackError::Index) };
+                assert_eq!(decode(&mut decoder, &[0xbe + entry]).map(|fields| fields.len()), expected, "{resize:?}");
+            }
         }
     }
 

@@ -4,7 +4,9 @@
 //! when an output that holds it was asked for by name; exit codes are stable. Besides the configuration, this is the
 //! only part that reads the environment (through clap, so that `--help` names every variable).
 
+pub mod agent;
 pub mod completion;
+pub mod demo;
 pub mod issue;
 pub mod request;
 pub mod status;
@@ -39,6 +41,8 @@ struct Cli {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
+    Demo(demo::Args),
+    Agent(agent::Args),
     Issue(issue::Args),
     Watch(watch::Args),
     Whoami(whoami::Args),
@@ -93,6 +97,8 @@ pub async fn run() -> ExitCode {
 impl Command {
     async fn run(self) -> anyhow::Result<ExitCode> {
         match self {
+            Self::Demo(args) => demo::run(args).await,
+            Self::Agent(args) => agent::run(args).await,
             Self::Issue(args) => issue::run(args).await,
             Self::Watch(args) => watch::run(args).await,
             Self::Whoami(args) => whoami::run(args).await,

@@ -4,6 +4,7 @@
 //! them.
 
 use std::{
+    collections::BTreeMap,
     fs,
     net::SocketAddr,
     num::NonZeroU32,
@@ -218,6 +219,12 @@ fn read(path: &Path) -> Result<File, ConfigError> {
     let text = fs::read_to_string(path).map_err(unreadable)?;
     serde_saphyr::from_str(&text)
         .map_err(|error| ConfigError::Invalid { path: path.to_owned(), message: error.to_string() })
+}
+
+/// The `OTEL_*` variables of the process, for whoever sends traces.
+#[allow(clippy::disallowed_methods, reason = "the one place that reads the environment")]
+pub fn otel_variables() -> BTreeMap<String, String> {
+    std::env::vars().filter(|(name, _)| name.starts_with("OTEL_")).collect()
 }
 
 /// The path in `unix:///path`, `unix:/path`, `unix:path` or a bare path.

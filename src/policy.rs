@@ -13,6 +13,7 @@ mod document;
 mod judge;
 pub mod lifetime;
 mod template;
+pub mod watch;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

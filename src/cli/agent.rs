@@ -1,6 +1,13 @@
 //! `csrd agent`: the node daemon.
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc};
+use std::{
+    io::{self, IsTerminal as _},
+    net::SocketAddr,
+    path::PathBuf,
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
@@ -10,12 +17,15 @@ use super::{Exit, UsageError};
 use crate::{
     agent::{self, Parts},
     clock::Clock,
-    config::{Config, Overrides},
+    config::{Config, EmbeddedFile, Log, LogFormat, Overrides, otel_variables},
     metrics::Metrics,
     policy::watch::PolicyFiles,
     server::{Limits, admin::Readiness},
-    signer::{Sign, embedded},
-    telemetry,
+    signer::{
+        Sign,
+        embedded::{self, Embedded, EmbeddedConfig},
+    },
+    telemetry::{self, Telemetry},
 };
 
 /// Serve the socket: attest callers, decide by policy, issue, renew, push.
@@ -44,7 +54,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let overrides =
         Overrides { socket: args.socket, state_dir: args.state_dir, policies: args.policies, admin: args.admin };
     let config = Config::load(args.config.as_deref(), overrides).map_err(usage)?;
-    let telemetry = telemetry::init(&config.log)?;
+    let telemetry = start_telemetry(&config.log)?;
     let stop = CancellationToken::new();
     let parts = parts(config, stop.clone())?;
     let bound = agent::build(parts).await?;
@@ -65,13 +75,14 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
 fn parts(config: Config, stop: CancellationToken) -> anyhow::Result<Parts> {
     let (clock, metrics, readiness) = (Clock::system(), Metrics::new(), Readiness::new());
     let policies = PolicyFiles::load(config.policies, metrics.clone()).map_err(usage)?;
-    let signer = Arc::new(embedded::Embedded::open(embedded_config(&config), &clock, metrics.signer("embedded"))?);
+    let signer =
+        Arc::new(Embedded::open(ca(config.embedded, config.state_dir), &clock, metrics.signer(embedded::NAME))?);
     readiness.condition("signer").holds();
-    let following = policies.subscribe();
+    let in_force = policies.subscribe();
     Ok(Parts {
         socket: config.socket,
         admin: config.admin,
-        policies: following,
+        policies: in_force,
         signers: vec![signer.clone() as Arc<dyn Sign>],
         signer_rate: config.limits.all.into(),
         principal_rate: config.limits.per_workload.into(),
@@ -81,11 +92,34 @@ fn parts(config: Config, stop: CancellationToken) -> anyhow::Result<Parts> {
         readiness,
         background: vec![
             ("policies", Box::pin(policies.run(stop.clone()))),
-            ("embedded signer", Box::pin(signer.run(clock.clone(), stop.clone()))),
+            ("embedded signer", Box::pin(signer.run(stop.clone()))),
         ],
         clock,
         stop,
     })
+}
+
+/// The operator's CA, or one that is made and kept in `state_dir`.
+fn ca(file: EmbeddedFile, state_dir: PathBuf) -> EmbeddedConfig {
+    match (file.ca_certificate, file.ca_key) {
+        (Some(certificate), Some(key)) => EmbeddedConfig::Given { certificate, key, chain: file.chain },
+        _ => {
+            let ca_lifetime = file.ca_lifetime_seconds.map_or(embedded::DEFAULT_CA_LIFETIME, Duration::from_secs);
+            EmbeddedConfig::Made { state_dir, ca_lifetime }
+        }
+    }
+}
+
+/// Logs to stderr, and traces if an `OTEL_*` variable names a collector.
+fn start_telemetry(log: &Log) -> anyhow::Result<Telemetry> {
+    let format = match log.format {
+        LogFormat::Text => telemetry::LogFormat::Text,
+        LogFormat::Json => telemetry::LogFormat::Json,
+    };
+    let log = telemetry::Log { format, filter: log.level.clone(), ansi: io::stderr().is_terminal() };
+    let (dispatch, telemetry) = Telemetry::new(&log, &otel_variables(), io::stderr).map_err(usage)?;
+    tracing::dispatcher::set_global_default(dispatch)?;
+    Ok(telemetry)
 }
 
 fn usage(error: impl std::fmt::Display) -> UsageError {

@@ -28,7 +28,10 @@ use crate::{
     policy::{PolicySet, Source},
     proto::v1,
     server::{Limits, admin::Readiness},
-    signer::{Sign, embedded::Embedded},
+    signer::{
+        Sign,
+        embedded::{self, Embedded},
+    },
 };
 
 /// Lifetime of the demo's certificates, so that a renewal comes every few seconds.
@@ -53,7 +56,9 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let clock = Clock::system();
     let uid = rustix::process::geteuid().as_raw();
     let (policies, in_force) = tokio::sync::watch::channel(Arc::new(demo_policies(uid)));
-    let signer = Arc::new(Embedded::ephemeral(&clock)?);
+    let metrics = Metrics::new();
+    let (name, ca_lifetime) = (embedded::NAME, embedded::DEFAULT_CA_LIFETIME);
+    let signer = Arc::new(Embedded::ephemeral(ca_lifetime, &clock, metrics.signer(name))?);
     let (readiness, limits) = (Readiness::new(), LimitsFile::default());
     readiness.condition("signer").holds();
     let bound = agent::build(Parts {
@@ -65,15 +70,17 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
         principal_rate: limits.per_workload.into(),
         limits: Limits::default(),
         seed: rand::random(),
-        metrics: Metrics::new(),
+        metrics,
         readiness,
-        background: vec![("embedded signer", Box::pin(signer.run(clock.clone(), stop.clone())))],
+        background: vec![("embedded signer", Box::pin(signer.run(stop.clone())))],
         clock,
         stop: stop.clone(),
     })
     .await?;
     say(format_args!("agent      serves {} with an embedded CA", bound.socket.display()))?;
-    say(format_args!("policy     \"demo\" allows user {uid}: {SERVER_NAME} and spiffe://demo.csrd.internal/user/{uid}"))?;
+    say(format_args!(
+        "policy     \"demo\" allows user {uid}: {SERVER_NAME} and spiffe://demo.csrd.internal/user/{uid}"
+    ))?;
     let client = Client::new(bound.socket.to_string_lossy().parse()?);
     let workload = async {
         let seen = tokio::select! {
@@ -98,7 +105,8 @@ async fn workload(client: &Client, renewals: Option<u32>) -> anyhow::Result<()> 
         lifetime: Some(prost_types::Duration { seconds: LIFETIME_SECONDS, nanos: 0 }),
         ..Default::default()
     };
-    let mut certificate = client.issue(wanted.clone(), |stage| drop(say(format_args!("{}", super::stage_line(&stage))))).await?;
+    let mut certificate =
+        client.issue(wanted.clone(), |stage| drop(say(format_args!("{}", super::issue::stage_line(&stage))))).await?;
     show("issued", &certificate).await?;
     let mut events = pin!(client.subscribe(wanted).after(&certificate).into_stream());
     let mut seen = 0;

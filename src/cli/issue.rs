@@ -107,7 +107,7 @@ fn print(certificate: &Certificate, format: Format, name: Option<&str>, namespac
 }
 
 /// For example `   0.41 ms  granted    policy web`.
-fn stage_line(stage: &v1::Stage) -> String {
+pub(super) fn stage_line(stage: &v1::Stage) -> String {
     let elapsed = stage.elapsed.and_then(|elapsed| Duration::try_from(elapsed).ok()).unwrap_or_default();
     let name = stage.kind().as_str_name().trim_start_matches("STAGE_KIND_").to_lowercase();
     format!("{:>9.2} ms  {name:<9}  {}", elapsed.as_secs_f64() * 1e3, printable(&stage.detail))

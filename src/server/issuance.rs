@@ -133,10 +133,7 @@ impl v1::certificate_service_server::CertificateService for Issuance {
         let stop = self.engine.stop.clone();
         let bundles = WatchStream::new(bundle).map(move |bundle| {
             let _ = &open;
-            Ok(v1::WatchTrustBundleResponse {
-                trust_bundle: bundle.to_pem().into(),
-                sha256_fingerprints: bundle.fingerprints(),
-            })
+            Ok(v1::WatchTrustBundleResponse { trust_bundle: bundle.pem(), sha256_fingerprints: bundle.fingerprints() })
         });
         let stopped = tokio_stream::once(()).then(move |()| {
             let stop = stop.clone();

@@ -87,7 +87,10 @@ pub struct Embedded {
 #[derive(Debug)]
 enum Source {
     /// Without a store, everything ends with the process.
-    Made { store: Option<Store>, ca_lifetime: Duration },
+    Made {
+        store: Option<Store>,
+        ca_lifetime: Duration,
+    },
     Given(Files),
 }
 
@@ -354,7 +357,9 @@ pub enum EmbeddedError {
 fn advice(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ": free space on its file system",
-        io::ErrorKind::ReadOnlyFilesystem => ": its file system is read-only, make it writable or choose another folder",
+        io::ErrorKind::ReadOnlyFilesystem => {
+            ": its file system is read-only, make it writable or choose another folder"
+        }
         io::ErrorKind::PermissionDenied => ": give the agent's user access to it",
         io::ErrorKind::NotFound => ": it is not there",
         io::ErrorKind::NotADirectory => ": a part of the path is no folder",

@@ -26,7 +26,8 @@ pub(super) struct Session {
 
 /// Shakes hands as client and as server, sends a greeting there and back.
 pub(super) async fn with(certificate: &Certificate, server_name: &str) -> anyhow::Result<Session> {
-    let chain = CertificateDer::pem_slice_iter(certificate.certificate_chain.as_bytes()).collect::<Result<Vec<_>, _>>()?;
+    let chain =
+        CertificateDer::pem_slice_iter(certificate.certificate_chain.as_bytes()).collect::<Result<Vec<_>, _>>()?;
     let key = certificate.private_key.as_ref().context("the agent made the key")?;
     let key = || PrivateKeyDer::from_pem_slice(key.as_bytes());
     let mut roots = RootCertStore::empty();

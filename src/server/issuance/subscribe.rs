@@ -88,9 +88,9 @@ async fn deliver(state: &mut State, event: Event) -> Result<v1::SubscribeRespons
                 subscribe_response::Event::Current(v1::Current { certificate })
             }
         }
-        Event::Bundle(_, bundle) => subscribe_response::Event::TrustBundleUpdated(v1::TrustBundleUpdated {
-            trust_bundle: bundle.to_pem().into(),
-        }),
+        Event::Bundle(_, bundle) => {
+            subscribe_response::Event::TrustBundleUpdated(v1::TrustBundleUpdated { trust_bundle: bundle.pem() })
+        }
         Event::Delayed(_, delay, live) => subscribe_response::Event::RenewalDelayed(v1::RenewalDelayed {
             reason: delay.reason.to_owned(),
             message: delay.message.clone(),

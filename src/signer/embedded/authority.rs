@@ -13,8 +13,8 @@ use super::leaf::{self, Leaf};
 use crate::{
     signer::SignError,
     x509::{
-        Bundle, CaCertificate, Chain, ChainError, Expected, KeyAlgorithm, KeyError, Names, PrivateKey, PublicKey, Usage,
-        Usages, VerifyError, chain::MAX_CHAIN_CERTIFICATES, pem,
+        Bundle, CaCertificate, Chain, ChainError, Expected, KeyAlgorithm, KeyError, Names, PrivateKey, PublicKey,
+        Usage, Usages, VerifyError, chain::MAX_CHAIN_CERTIFICATES, pem,
     },
 };
 

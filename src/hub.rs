@@ -30,7 +30,7 @@ use crate::{
     attest::Workload,
     clock::Clock,
     issue::IssueError,
-    metrics::Metrics,
+    metrics::{Metrics, SignerMetrics},
     policy::{self, Ask, Denial, Grant, PolicySet},
     signer::{Sign, Stage},
     x509::{Bundle, Csr},
@@ -91,12 +91,18 @@ pub struct Hub(Arc<Shared>);
 struct Shared {
     clock: Clock,
     policies: watch::Receiver<Arc<PolicySet>>,
-    signers: HashMap<String, Arc<dyn Sign>>,
+    signers: HashMap<String, Signer>,
     metrics: Metrics,
     principals: queue::KeyedLimiter,
     /// Tells `run` that there is something to start or an earlier moment to wake at.
     wake: Notify,
     state: Mutex<State>,
+}
+
+/// A signer with its metrics, resolved once.
+struct Signer {
+    sign: Arc<dyn Sign>,
+    metrics: SignerMetrics,
 }
 
 /// A key made by the caller, with what it wants done at the renew point.
@@ -137,7 +143,11 @@ pub type Progress = Arc<dyn Fn(Step) + Send + Sync>;
 impl Hub {
     /// A hub over `parts`; nothing moves until [`Hub::run`].
     pub fn new(parts: Parts) -> Self {
-        let signers = parts.signers.into_iter().map(|signer| (signer.name().to_owned(), signer)).collect();
+        let signers = parts.signers.into_iter().map(|sign| {
+            let metrics = parts.metrics.signer(sign.name());
+            (sign.name().to_owned(), Signer { sign, metrics })
+        });
+        let signers = signers.collect();
         Self(Arc::new(Shared {
             state: Mutex::new(State::new(Queue::new(parts.signer_rate), StdRng::seed_from_u64(parts.seed))),
             clock: parts.clock,
@@ -159,13 +169,12 @@ impl Hub {
         held: Option<Held>,
         progress: Progress,
     ) -> Result<Subscription, HubError> {
-        let policies = self.policies();
-        let grant = policy::decide(&policies, &workload, &ask).map_err(HubError::denied)?;
-        progress(Step::Granted(grant.policy().to_owned()));
+        let decision = self.decide(&workload, &ask)?;
+        progress(Step::Granted(decision.0.policy().to_owned()));
         self.admit(&workload)?;
         let subscription = {
             let mut state = self.lock();
-            let entry = Entry::new(workload, ask, held, (grant, policies), None, Some(progress));
+            let entry = Entry::new(workload, ask, held, decision, None, Some(progress));
             self.insert(&mut state, entry)?
         };
         self.0.wake.notify_one();
@@ -183,8 +192,7 @@ impl Hub {
         if let Some(subscription) = self.follow(&key)? {
             return subscription.live().await;
         }
-        let policies = self.policies();
-        let grant = policy::decide(&policies, &key.workload, &key.ask).map_err(HubError::denied)?;
+        let decision = self.decide(&key.workload, &key.ask)?;
         self.admit(&key.workload)?;
         let subscription = {
             let mut state = self.lock();
@@ -193,7 +201,7 @@ impl Hub {
                 Some(id) => self.join(&mut state, id),
                 None => {
                     let (workload, ask, held) = (key.workload.clone(), key.ask.clone(), key.held.clone());
-                    let entry = Entry::new(workload, ask, held, (grant, policies), Some(key), None);
+                    let entry = Entry::new(workload, ask, held, decision, Some(key), None);
                     self.insert(&mut state, entry)?
                 }
             }
@@ -224,14 +232,31 @@ impl Hub {
         self.lock().rows(visible)
     }
 
-    /// The roots of one signer, or of the only or first one when `name` is empty.
+    /// The roots of one signer.
     pub fn bundle(&self, name: &str) -> Option<watch::Receiver<Arc<Bundle>>> {
-        self.0.signers.get(name).map(|signer| signer.bundle())
+        self.0.signers.get(name).map(|signer| signer.sign.bundle())
     }
 
     /// The policies in force.
     pub fn policies(&self) -> Arc<PolicySet> {
         self.0.policies.borrow().clone()
+    }
+
+    /// What the policies in force say, with those policies.
+    fn decide(&self, workload: &Workload, ask: &Ask) -> Result<(Grant, Arc<PolicySet>), HubError> {
+        let policies = self.policies();
+        let decided = tracing::debug_span!("decide").in_scope(|| policy::decide(&policies, workload, ask));
+        match decided {
+            Ok(grant) => {
+                self.0.metrics.decisions.good();
+                Ok((grant, policies))
+            }
+            Err(denial) => {
+                self.0.metrics.decisions.bad(denial.reason());
+                tracing::info!(%workload, reason = denial.reason(), %denial, "denied");
+                Err(HubError::Denied(Arc::new(denial)))
+            }
+        }
     }
 
     /// Follows an entry that is at hand under the policies in force.
@@ -272,7 +297,7 @@ impl Hub {
     }
 
     /// The signer that a grant names.
-    fn signer(&self, grant: &Grant) -> Result<&Arc<dyn Sign>, HubError> {
+    fn signer(&self, grant: &Grant) -> Result<&Signer, HubError> {
         self.0.signers.get(grant.signer()).ok_or_else(|| HubError::UnknownSigner {
             policy: grant.policy().to_owned(),
             signer: grant.signer().to_owned(),
@@ -295,6 +320,7 @@ impl Hub {
 
     fn publish_gauges(&self, state: &State) {
         self.0.metrics.credentials.set(state.entries.len() as i64);
+        self.0.metrics.set_earliest_expiry(state.earliest_expiry());
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -355,10 +381,6 @@ pub enum HubError {
 }
 
 impl HubError {
-    fn denied(denial: Denial) -> Self {
-        Self::Denied(Arc::new(denial))
-    }
-
     /// Stable reason for `ErrorInfo` and metric labels.
     pub fn reason(&self) -> &'static str {
         match self {

@@ -31,7 +31,7 @@ use tower_http::timeout::TimeoutBody;
 use crate::{
     attest::{AttestError, Attestor, Caller, Peer, PeerStream, Workload},
     hub::Hub,
-    metrics::Metrics,
+    metrics::{Metrics, counted},
     proto::{self, v1},
     telemetry,
 };
@@ -143,6 +143,7 @@ impl Server {
                         let server = self.clone();
                         connections.spawn(async move {
                             let _place = place;
+                            let _counted = counted(&server.metrics.connections);
                             match peer {
                                 Ok(peer) => {
                                     let caller = Caller::Peer(peer.clone());

@@ -4,7 +4,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use tokio::{
     task::{Id, JoinError, JoinSet},
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_stream::{StreamExt as _, StreamMap, wrappers::WatchStream};
 use tokio_util::sync::CancellationToken;
@@ -32,7 +32,7 @@ impl Hub {
         let mut policies = self.0.policies.clone();
         let mut bundles = StreamMap::new();
         for (name, signer) in &self.0.signers {
-            bundles.insert(name.clone(), WatchStream::from_changes(signer.bundle()));
+            bundles.insert(name.clone(), WatchStream::from_changes(signer.sign.bundle()));
         }
         loop {
             let wait = self.start(&mut flights);
@@ -82,7 +82,7 @@ impl Hub {
 
     /// One attempt for `entry`, as a future that owns all it needs.
     fn flight(&self, entry: &mut super::entry::Entry) -> impl Future<Output = Result<Credential, HubError>> + use<> {
-        let signer = self.signer(&entry.grant).cloned();
+        let signer = self.signer(&entry.grant).map(|signer| (signer.sign.clone(), signer.metrics.clone()));
         let (workload, grant, clock) = (entry.workload.clone(), entry.grant.clone(), self.0.clock.clone());
         let csr = entry.held.as_ref().map(|held| held.csr.clone());
         let renewal = entry.snapshot.borrow().live().is_some();
@@ -93,17 +93,23 @@ impl Hub {
         };
         let progress = entry.progress.take();
         let attempt = async move {
-            let signer = signer?;
+            let (signer, metrics) = signer?;
             let told = move |stage: Stage| {
                 if let Some(progress) = &progress {
                     progress(Step::Signer(stage));
                 }
             };
+            let began = Instant::now();
             let attempt = issue::issue(&*signer, &clock, &workload, grant, csr, &told);
-            match timeout(FLIGHT_TIMEOUT, attempt).await {
+            let outcome = match timeout(FLIGHT_TIMEOUT, attempt).await {
                 Ok(outcome) => outcome.map_err(|error| HubError::Issue(Arc::new(error))),
                 Err(_) => Err(HubError::TimedOut),
+            };
+            match &outcome {
+                Ok(_) => metrics.issued(began.elapsed()),
+                Err(error) => metrics.failed(error.reason(), began.elapsed()),
             }
+            outcome
         };
         attempt.instrument(span)
     }
@@ -123,15 +129,21 @@ impl Hub {
         let signer = entry.grant.signer().to_owned();
         let renewal = entry.snapshot.borrow().live().is_some();
         match &outcome {
-            Ok(_) if renewal => tracing::info!(workload = %entry.workload, %signer, "certificate renewed"),
+            Ok(_) if renewal => {
+                self.0.metrics.renewals.good();
+                tracing::info!(workload = %entry.workload, %signer, "certificate renewed");
+            }
             Ok(_) => tracing::info!(workload = %entry.workload, %signer, "certificate issued"),
             Err(error) => {
+                if renewal {
+                    self.0.metrics.renewals.bad(error.reason());
+                }
                 tracing::warn!(workload = %entry.workload, %signer, renewal, reason = error.reason(), %error, "no certificate");
             }
         }
         // The roots of now, not of the signing: a change between the two has no event of its own for this entry.
         let outcome = outcome.and_then(|credential| {
-            let bundle = self.signer(credential.grant())?.bundle().borrow().clone();
+            let bundle = self.signer(credential.grant())?.sign.bundle().borrow().clone();
             Ok((credential, bundle))
         });
         state.landed(id, outcome, self.0.clock.now());

@@ -32,6 +32,8 @@ pub(super) struct State {
     due: BTreeSet<(SystemTime, u128)>,
     /// Entries without followers, by principal and since when.
     idle: BTreeSet<(u64, SystemTime, u128)>,
+    /// Ends of the certificates in force.
+    expiries: BTreeSet<(SystemTime, u128)>,
     /// Entries of each principal.
     held: HashMap<u64, usize>,
     sequence: u64,
@@ -59,6 +61,7 @@ impl State {
             shared: HashMap::new(),
             due: BTreeSet::new(),
             idle: BTreeSet::new(),
+            expiries: BTreeSet::new(),
             held: HashMap::new(),
             sequence: 0,
             rng,
@@ -111,6 +114,9 @@ impl State {
         if let Flight::Queued(priority, rank) = entry.flight {
             self.queue.remove(priority, rank);
         }
+        if let Some(live) = entry.snapshot.borrow().live() {
+            self.expiries.remove(&(live.credential.not_after(), id));
+        }
         if let Some(count) = self.held.get_mut(&principal) {
             *count -= 1;
             if *count == 0 {
@@ -121,10 +127,10 @@ impl State {
 
     /// Drops an entry; its followers see `last` and nothing after it.
     fn end(&mut self, id: u128, last: Snapshot) {
-        if let Some(entry) = self.entries.get(&id) {
-            entry.snapshot.send_replace(last);
-        }
+        let Some(entry) = self.entries.get(&id) else { return };
+        let snapshot = entry.snapshot.clone();
         self.forget(id);
+        snapshot.send_replace(last);
     }
 
     /// Somebody follows `id` now.
@@ -156,6 +162,11 @@ impl State {
             Flight::Idle => {}
         }
         entry.flight = Flight::Queued(priority, self.queue.push(priority, id));
+    }
+
+    /// The first end of a certificate in force.
+    pub(super) fn earliest_expiry(&self) -> Option<SystemTime> {
+        self.expiries.first().map(|(not_after, _)| *not_after)
     }
 
     /// When the schedule has to wake.
@@ -234,6 +245,10 @@ impl State {
             }
             Ok((credential, bundle)) => {
                 entry.failures = 0;
+                if let Some(replaced) = entry.snapshot.borrow().live() {
+                    self.expiries.remove(&(replaced.credential.not_after(), id));
+                }
+                self.expiries.insert((credential.not_after(), id));
                 let renew_at = draw_renew_point(&mut self.rng, now, credential.not_after());
                 entry.snapshot.send_replace(Snapshot::Live(Live {
                     credential: Arc::new(credential),

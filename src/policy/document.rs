@@ -213,3 +213,103 @@ fn enclosing_keys(text: &str, line: u64) -> String {
     keys.reverse();
     clipped(keys.join("."), MAX_SYNTAX_CHARS)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "\
+apiVersion: csrd.dev/v1alpha1
+kind: CertificatePolicy
+metadata: {name: web}
+spec:
+  match:
+    unix:
+      uids: [1000]
+";
+
+    fn read_text(text: &str) -> (Vec<Document>, Vec<Problem>) {
+        read(&Source { origin: "p.yaml".to_owned(), text: text.to_owned() })
+    }
+
+    fn refused(text: &str, expected: &str) {
+        let (_, problems) = read_text(text);
+        let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
+        assert!(problems.iter().any(|problem| problem.contains(expected)), "{text}\n{problems:#?}");
+    }
+
+    #[test]
+    fn documents_are_read_one_after_another() {
+        let (documents, problems) = read_text(&format!("# a comment\n{GOOD}---\n---\n{GOOD}...\n"));
+        assert_eq!((documents.len(), problems), (2, Vec::new()));
+        assert_eq!(documents[1].metadata.name.referenced.line(), 13);
+        for empty in ["", "---\n", "# nothing\n"] {
+            let (documents, problems) = read_text(empty);
+            assert_eq!((documents.len(), problems), (0, Vec::new()), "{empty:?}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_the_shape_is_reported_with_its_line_and_keys() {
+        let with = |line: &str| format!("{GOOD}{line}\n");
+        refused(&with("  alow: {}"), "p.yaml:8: spec.alow: unknown field `alow`");
+        refused(&with("status: {}"), "p.yaml:8: status: unknown field `status`");
+        refused(&with("      uid: [1]"), "p.yaml:8: spec.match.unix.uid: unknown field `uid`");
+        refused(&with("      gids: [web]"), "p.yaml:8: spec.match.unix.gids: ");
+        refused(&with("      gids: [-1]"), "p.yaml:8: spec.match.unix.gids: ");
+        refused(&with("      gids: [4294967296]"), "p.yaml:8: spec.match.unix.gids: ");
+        refused(&with("      gids: 33"), "p.yaml:8: spec.match.unix.gids: ");
+        refused(&with("  signer: a\n  signer: b"), "p.yaml:9: spec.signer: ");
+        refused(&with("  rules: [{expression: 'true'}]"), "missing field `message`");
+        refused(&with("  offer: [{hint: 7, spiffe: x}]"), "unknown field `spiffe`");
+        refused("apiVersion: csrd.dev/v1alpha1\n", "missing field `kind`");
+        refused("- 1\n", "p.yaml:1");
+        refused("a: [\n", "p.yaml:");
+        refused("\tx", "p.yaml:1");
+    }
+
+    #[test]
+    fn a_bad_document_does_not_hide_the_next() {
+        let (documents, problems) = read_text(&format!("{GOOD}  alow: {{}}\n---\n{GOOD}---\n{GOOD}  alow: {{}}\n"));
+        assert_eq!(documents.len(), 1);
+        assert_eq!(problems.iter().map(|problem| problem.line).collect::<Vec<_>>(), [8, 25]);
+    }
+
+    #[test]
+    fn a_file_has_a_bound_in_bytes() {
+        let padded = |bytes: usize| format!("{GOOD}#{}", "x".repeat(bytes - GOOD.len() - 1));
+        assert_eq!(read_text(&padded(MAX_SOURCE_BYTES)).1, Vec::new());
+        refused(&padded(MAX_SOURCE_BYTES + 1), "p.yaml: it has 1048577 bytes, at most 1048576 are allowed");
+    }
+
+    #[test]
+    fn a_file_has_a_bound_in_documents() {
+        let many = |n: usize| vec![GOOD; n].join("---\n");
+        let (documents, problems) = read_text(&many(MAX_DOCUMENTS));
+        assert_eq!((documents.len(), problems), (MAX_DOCUMENTS, Vec::new()));
+        refused(&many(MAX_DOCUMENTS + 1), "p.yaml: it has more than 256 documents");
+    }
+
+    #[test]
+    fn yaml_that_grows_is_refused() {
+        let lists = (1..9).map(|i| format!("a{i}: &a{i} [{}]\n", vec![format!("*a{}", i - 1); 10].join(", ")));
+        refused(&format!("a0: &a0 [x]\n{}", lists.collect::<String>()), "p.yaml:");
+        let flat = format!("{GOOD}  allow:\n    dnsNames: &x [{}]\n    uris: *x\n", "a, ".repeat(6000));
+        assert_eq!(read_text(&flat).1, Vec::new());
+        let replayed =
+            format!("{GOOD}  allow:\n    dnsNames: &x [{}]\n    uris: *x\n", "a, ".repeat(MAX_REPLAYED_EVENTS));
+        refused(&replayed, "alias");
+        refused(&format!("{GOOD}  <<: {{signer: a}}\n"), "merge");
+        refused(&format!("a: {}", "[".repeat(100_000)), "p.yaml:1");
+        refused(&"[".repeat(MAX_DEPTH + 1), "p.yaml:1");
+        refused(&"a:\n ".repeat(10), "p.yaml:");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_text_breaks_the_reader(text in "\\PC{0,200}", at in 0..GOOD.len()) {
+            read_text(&text);
+            read_text(&format!("{}{text}{}", &GOOD[..at], &GOOD[at..]));
+        }
+    }
+}

@@ -488,7 +488,7 @@ mod tests {
             (Kind::Dns, "{unix.user}{unix.uid}.org", "at most one {fact}"),
             (Kind::Dns, "{unix.user.org", "'{' without '}'"),
             (Kind::Dns, "unix.user}.org", "'}' without '{'"),
-            (Kind::Dns, "{{unix.uid}}.org", "'{' without '}'"),
+            (Kind::Dns, "{{unix.uid}}.org", "at most one {fact}"),
             (Kind::Dns, "{uid}.org", "no fact is named \"uid\"; a slot may hold unix.uid, unix.gid"),
             (Kind::Dns, "10.0.0.1", "its last label is all digits"),
             (Kind::WildcardDns, "web.example.org", "it must begin with '*.'"),

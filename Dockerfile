@@ -21,6 +21,6 @@ RUN cargo build --locked --release --target "$(uname -m)-unknown-linux-musl" \
 FROM scratch
 COPY --from=build /usr/local/bin/csrd /csrd
 COPY --from=build --chown=65532:65532 /csrd/image/ /
-# In a node's agent this user needs CAP_SYS_PTRACE and the host's process ids; see deploy/.
+# An agent looks at processes of other users: give it CAP_SYS_PTRACE and the host's process ids.
 USER 65532:65532
 ENTRYPOINT ["/csrd"]

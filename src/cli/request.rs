@@ -9,7 +9,6 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context as _;
 use jiff::SignedDuration;
 
 use super::UsageError;
@@ -83,7 +82,7 @@ impl RequestArgs {
     }
 
     /// The request in the agent's words.
-    pub fn into_request(self) -> anyhow::Result<v1::CertificateRequest> {
+    pub fn into_request(self) -> Result<v1::CertificateRequest, UsageError> {
         let key = match &self.csr {
             Some(path) => Key::Held(v1::HeldKey { pkcs10: read_csr(path)?.into(), rotate_key: false }),
             None => Key::Generate(key_number(self.key.unwrap_or(KeyAlgorithm::EcdsaP256)).into()),
@@ -104,17 +103,17 @@ impl RequestArgs {
     }
 }
 
-fn read_csr(path: &Path) -> anyhow::Result<Vec<u8>> {
+fn read_csr(path: &Path) -> Result<Vec<u8>, UsageError> {
     let refuse = |why: &str| UsageError(format!("--csr {}: {why}", path.display()));
     let mut bytes = Vec::new();
     File::open(path)
         .and_then(|file| file.take(MAX_CSR_BYTES + 1).read_to_end(&mut bytes))
-        .with_context(|| refuse("cannot be read"))?;
+        .map_err(|error| refuse(&format!("cannot be read: {error}")))?;
     if bytes.len() as u64 > MAX_CSR_BYTES {
-        return Err(refuse("it has more than 16 KiB").into());
+        return Err(refuse("it has more than 16 KiB"));
     }
     if bytes.windows(11).any(|window| window == b"PRIVATE KEY") {
-        return Err(refuse("it holds a private key, which must stay with you; nothing was sent").into());
+        return Err(refuse("it holds a private key, which must stay with you; nothing was sent"));
     }
     Ok(bytes)
 }
@@ -210,6 +209,7 @@ mod tests {
         check(&vec![b'x'; bound], Ok(()));
         check(&vec![b'x'; bound + 1], Err("more than 16 KiB"));
         check(b"-----BEGIN EC PRIVATE KEY-----", Err("nothing was sent"));
-        assert!(read_csr(Path::new("/nonexistent")).expect_err("absent").is::<UsageError>());
+        let absent = read_csr(Path::new("/nonexistent")).expect_err("absent");
+        assert_eq!(absent.to_string(), "--csr /nonexistent: cannot be read: No such file or directory (os error 2)");
     }
 }

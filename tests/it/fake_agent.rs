@@ -39,6 +39,7 @@ struct Scripts {
     issue: VecDeque<Vec<Result<IssueCertificateResponse, Status>>>,
     subscribed: Vec<SubscribeRequest>,
     issued: Vec<IssueCertificateRequest>,
+    traceparents: Vec<Option<String>>,
 }
 
 #[derive(Clone)]
@@ -82,6 +83,11 @@ impl FakeAgent {
     /// Every Subscribe so far.
     pub(crate) fn subscribed(&self) -> Vec<SubscribeRequest> {
         self.service.scripts.lock().unwrap().subscribed.clone()
+    }
+
+    /// The `traceparent` of every IssueCertificate so far.
+    pub(crate) fn traceparents(&self) -> Vec<Option<String>> {
+        self.service.scripts.lock().unwrap().traceparents.clone()
     }
 
     /// Every IssueCertificate so far.
@@ -170,6 +176,8 @@ impl CertificateService for Service {
         request: Request<IssueCertificateRequest>,
     ) -> Result<Response<Self::IssueCertificateStream>, Status> {
         let mut scripts = self.scripts.lock().unwrap();
+        let traceparent = request.metadata().get("traceparent").map(|value| value.to_str().unwrap().to_owned());
+        scripts.traceparents.push(traceparent);
         scripts.issued.push(request.into_inner());
         Ok(Response::new(stream::iter(scripts.issue.pop_front().unwrap_or_default()).boxed()))
     }

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    net::TcpListener,
     os::unix::fs::PermissionsExt as _,
     path::Path,
     process::{Command, Output},
@@ -46,13 +47,14 @@ impl Place {
         self.agent.will_issue(vec![Err(refusal)]);
     }
 
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_csrd"));
+        command.args(arguments).env("CSRD_SOCKET", self.path().join("s")).current_dir(self.path());
+        command
+    }
+
     fn run(&self, arguments: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_csrd"))
-            .args(arguments)
-            .env("CSRD_SOCKET", self.path().join("s"))
-            .current_dir(self.path())
-            .output()
-            .unwrap()
+        self.command(arguments).output().unwrap()
     }
 }
 
@@ -128,13 +130,37 @@ fn the_request_is_what_the_flags_say() {
     };
     assert_eq!(place.agent.issued()[0].request, Some(expected));
 
-    fs::write(place.path().join("csr.pem"), "a request").unwrap();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let csr = rcgen::CertificateParams::new(["web.example.org".to_owned()]).unwrap().serialize_request(&key).unwrap();
+    fs::write(place.path().join("csr.pem"), csr.pem().unwrap()).unwrap();
     place.will_issue();
     let output = place.run(&["issue", "--csr", "csr.pem", "-o", "pem"]);
     assert!(output.status.success(), "{output:?}");
-    let held = v1::HeldKey { pkcs10: "a request".into(), rotate_key: false };
+    let held = v1::HeldKey { pkcs10: csr.der().to_vec().into(), rotate_key: false };
     let expected = v1::CertificateRequest { key: Some(Key::Held(held)), ..Default::default() };
     assert_eq!(place.agent.issued()[1].request, Some(expected));
+}
+
+#[test]
+fn a_call_names_its_span_when_traces_are_sent() {
+    let place = Place::new();
+    // A collector that takes connections and never answers.
+    let collector = TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", collector.local_addr().unwrap());
+    place.will_issue();
+    assert!(place.run(&["issue", "-o", "pem"]).status.success());
+    place.will_issue();
+    let mut traced = place.command(&["issue", "-o", "pem"]);
+    traced.env("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint).env("OTEL_EXPORTER_OTLP_TIMEOUT", "50");
+    assert!(traced.output().unwrap().status.success());
+    let [None, Some(traceparent)] = &place.agent.traceparents()[..] else { panic!("{:?}", place.agent.traceparents()) };
+    // W3C Trace Context section 3.2.2: version, trace id, parent id, sampled.
+    assert!(traceparent.starts_with("00-") && traceparent.ends_with("-01") && traceparent.len() == 55, "{traceparent}");
+
+    let mut wrong = place.command(&["issue", "-o", "pem"]);
+    let output = wrong.env("OTEL_TRACES_EXPORTER", "jaeger").output().unwrap();
+    assert_eq!(output.status.code(), Some(64));
+    assert!(stderr(&output).contains("OTEL_TRACES_EXPORTER must be otlp or none"), "{output:?}");
 }
 
 #[test]

@@ -21,7 +21,11 @@ use std::{
 use clap::Parser as _;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 
-use crate::client::{ClientError, Code, output::Style};
+use crate::{
+    client::{ClientError, Code, output::Style},
+    config::otel_variables,
+    telemetry::{Log, LogFormat, Telemetry},
+};
 
 const EXIT_CODES: &str = "Exit codes:
    0  done
@@ -99,13 +103,29 @@ impl Command {
         match self {
             Self::Demo(args) => demo::run(args).await,
             Self::Agent(args) => agent::run(args).await,
-            Self::Issue(args) => issue::run(args).await,
-            Self::Watch(args) => watch::run(args).await,
-            Self::Whoami(args) => whoami::run(args).await,
-            Self::Status(args) => status::run(args).await,
+            Self::Issue(args) => traced(issue::run(args)).await,
+            Self::Watch(args) => traced(watch::run(args)).await,
+            Self::Whoami(args) => traced(whoami::run(args)).await,
+            Self::Status(args) => traced(status::run(args)).await,
             Self::Completion(args) => completion::run(args, <Cli as clap::CommandFactory>::command()),
         }
     }
+}
+
+/// Runs a command that calls the agent, and sends its traces if an `OTEL_*` variable names a collector.
+async fn traced(command: impl Future<Output = anyhow::Result<ExitCode>>) -> anyhow::Result<ExitCode> {
+    let variables = otel_variables();
+    if variables.is_empty() {
+        return command.await;
+    }
+    // The only lines are those that say why traces cannot be sent.
+    let log = Log { format: LogFormat::Text, filter: "warn".into(), ansi: false };
+    let started = Telemetry::new(&log, &variables, io::stderr);
+    let (dispatch, telemetry) = started.map_err(|error| UsageError(error.to_string()))?;
+    tracing::dispatcher::set_global_default(dispatch)?;
+    let ended = command.await;
+    telemetry.shutdown();
+    ended
 }
 
 /// The exit code for an error: the first one in its chain that has a code of its own.

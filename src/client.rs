@@ -18,12 +18,18 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 use tonic_types::StatusExt as _;
+use tracing::Instrument as _;
 
 pub use self::{
     certificate::Certificate,
     subscription::{Event, Subscription},
 };
-use crate::proto::v1::{self, certificate_service_client::CertificateServiceClient, status_service_client};
+use crate::{
+    proto::v1::{
+        self, certificate_service_client::CertificateServiceClient, status_service_client::StatusServiceClient,
+    },
+    telemetry,
+};
 
 pub use tonic::Code;
 
@@ -128,15 +134,21 @@ impl Client {
 
     /// How the agent sees this process.
     pub async fn who_am_i(&self) -> Result<v1::WhoAmIResponse, ClientError> {
-        let answer = self.certificates().who_am_i(request(v1::WhoAmIRequest {})).await;
-        Ok(answer.map_err(|status| self.failed(status))?.into_inner())
+        traced("/csrd.v1.CertificateService/WhoAmI", async {
+            let answer = self.certificates().who_am_i(request(v1::WhoAmIRequest {})).await;
+            Ok(answer.map_err(|status| self.failed(status))?.into_inner())
+        })
+        .await
     }
 
     /// The live credentials that this process may see, soonest expiry first.
     pub async fn credentials(&self) -> Result<Vec<v1::CredentialStatus>, ClientError> {
-        let mut service = status_service_client::StatusServiceClient::new(self.channel.clone());
-        let answer = service.list_credentials(request(v1::ListCredentialsRequest {})).await;
-        Ok(answer.map_err(|status| self.failed(status))?.into_inner().credentials)
+        traced("/csrd.v1.StatusService/ListCredentials", async {
+            let mut service = StatusServiceClient::new(self.channel.clone());
+            let answer = service.list_credentials(request(v1::ListCredentialsRequest {})).await;
+            Ok(answer.map_err(|status| self.failed(status))?.into_inner().credentials)
+        })
+        .await
     }
 
     /// Asks for one certificate; `progress` sees each stage as it is passed.
@@ -146,17 +158,20 @@ impl Client {
         mut progress: impl FnMut(v1::Stage),
     ) -> Result<Certificate, ClientError> {
         use v1::issue_certificate_response::Event;
-        let message = v1::IssueCertificateRequest { request: Some(wanted) };
-        let answer = self.certificates().issue_certificate(request(message)).await;
-        let mut events = answer.map_err(|status| self.failed(status))?.into_inner();
-        while let Some(response) = events.message().await.map_err(|status| self.failed(status))? {
-            match response.event {
-                Some(Event::Stage(stage)) => progress(stage),
-                Some(Event::Certificate(certificate)) => return certificate.try_into(),
-                None => return Err(ClientError::bad_answer("has an event of an unknown kind")),
+        traced("/csrd.v1.CertificateService/IssueCertificate", async {
+            let message = v1::IssueCertificateRequest { request: Some(wanted) };
+            let answer = self.certificates().issue_certificate(request(message)).await;
+            let mut events = answer.map_err(|status| self.failed(status))?.into_inner();
+            while let Some(response) = events.message().await.map_err(|status| self.failed(status))? {
+                match response.event {
+                    Some(Event::Stage(stage)) => progress(stage),
+                    Some(Event::Certificate(certificate)) => return certificate.try_into(),
+                    None => return Err(ClientError::bad_answer("has an event of an unknown kind")),
+                }
             }
-        }
-        Err(ClientError::bad_answer("ended without a certificate"))
+            Err(ClientError::bad_answer("ended without a certificate"))
+        })
+        .await
     }
 
     /// Follows one certificate from its full current state on.
@@ -165,8 +180,11 @@ impl Client {
     }
 
     async fn open(&self, message: v1::SubscribeRequest) -> Result<Streaming<v1::SubscribeResponse>, ClientError> {
-        let answer = self.certificates().subscribe(request(message)).await;
-        Ok(answer.map_err(|status| self.failed(status))?.into_inner())
+        traced("/csrd.v1.CertificateService/Subscribe", async {
+            let answer = self.certificates().subscribe(request(message)).await;
+            Ok(answer.map_err(|status| self.failed(status))?.into_inner())
+        })
+        .await
     }
 
     fn certificates(&self) -> CertificateServiceClient<Channel> {
@@ -195,9 +213,20 @@ impl Client {
     }
 }
 
-/// The one place where a call gets its metadata.
+/// The one place where a call gets its metadata: the span it belongs to, for the agent to go on with.
 fn request<T>(message: T) -> Request<T> {
-    Request::new(message)
+    let mut request = Request::new(message);
+    telemetry::inject(request.metadata_mut().as_mut());
+    request
+}
+
+/// Makes the call of `path` within a span of its own.
+async fn traced<T>(path: &'static str, call: impl Future<Output = Result<T, ClientError>>) -> Result<T, ClientError> {
+    let span = telemetry::call_span(path);
+    let answer = call.instrument(span.clone()).await;
+    let code = answer.as_ref().map_or_else(|error| error.code, |_| Code::Ok);
+    telemetry::record_status(&span, code.into(), "");
+    answer
 }
 
 /// Text from the other end made safe for a terminal and a log: control characters escaped, length bounded.

@@ -21,7 +21,7 @@
 //! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock`, `metrics`, `telemetry` |
 //! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `tasks`, `metrics`, `telemetry` |
 //! | `server` | `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `policy::watch`, `signer`, `issue`, `hub`, `clock`, `backoff`, `tasks`, `metrics`, `telemetry` |
-//! | `client` | `proto`, `spiffe`, `x509`, `backoff` |
+//! | `client` | `proto`, `spiffe`, `x509`, `backoff`, `telemetry` |
 //! | `agent` | everything |
 //! | `cli` | everything |
 //! | `main` | everything |

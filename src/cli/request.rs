@@ -9,18 +9,14 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context as _;
 use jiff::SignedDuration;
 
 use super::UsageError;
 use crate::{
     client::{self, Client, SocketPath},
     proto::v1::{self, certificate_request::Key},
-    x509::{KeyAlgorithm, Usage},
+    x509::{Csr, KeyAlgorithm, Usage, csr::MAX_PKCS10_BYTES},
 };
-
-/// Bytes in a PKCS#10 request (`HeldKey.pkcs10`).
-const MAX_CSR_BYTES: u64 = 16 * 1024;
 
 /// Where the agent is.
 #[derive(Debug, clap::Args)]
@@ -83,7 +79,7 @@ impl RequestArgs {
     }
 
     /// The request in the agent's words.
-    pub fn into_request(self) -> anyhow::Result<v1::CertificateRequest> {
+    pub fn into_request(self) -> Result<v1::CertificateRequest, UsageError> {
         let key = match &self.csr {
             Some(path) => Key::Held(v1::HeldKey { pkcs10: read_csr(path)?.into(), rotate_key: false }),
             None => Key::Generate(key_number(self.key.unwrap_or(KeyAlgorithm::EcdsaP256)).into()),
@@ -104,19 +100,15 @@ impl RequestArgs {
     }
 }
 
-fn read_csr(path: &Path) -> anyhow::Result<Vec<u8>> {
-    let refuse = |why: &str| UsageError(format!("--csr {}: {why}", path.display()));
+/// The request in the file, and nothing else that may be in it.
+fn read_csr(path: &Path) -> Result<Vec<u8>, UsageError> {
+    let refuse = |why: String| UsageError(format!("--csr {}: {why}", path.display()));
     let mut bytes = Vec::new();
     File::open(path)
-        .and_then(|file| file.take(MAX_CSR_BYTES + 1).read_to_end(&mut bytes))
-        .with_context(|| refuse("cannot be read"))?;
-    if bytes.len() as u64 > MAX_CSR_BYTES {
-        return Err(refuse("it has more than 16 KiB").into());
-    }
-    if bytes.windows(11).any(|window| window == b"PRIVATE KEY") {
-        return Err(refuse("it holds a private key, which must stay with you; nothing was sent").into());
-    }
-    Ok(bytes)
+        .and_then(|file| file.take(MAX_PKCS10_BYTES as u64 + 1).read_to_end(&mut bytes))
+        .map_err(|error| refuse(format!("cannot be read: {error}")))?;
+    let csr = Csr::parse(&bytes).map_err(|error| refuse(format!("{:#}", anyhow::Error::new(error))))?;
+    Ok(csr.der().to_owned())
 }
 
 fn usage(text: &str) -> Result<Usage, &'static str> {
@@ -196,20 +188,27 @@ mod tests {
     }
 
     #[test]
-    fn only_a_request_within_its_bound_is_sent() {
-        fn check(content: &[u8], expected: Result<(), &str>) {
+    fn only_the_request_leaves_the_file() {
+        fn check(content: &[u8], expected: Result<&[u8], &str>) {
             let file = tempfile::NamedTempFile::new().expect("a file");
             fs::write(file.path(), content).expect("written");
             match (read_csr(file.path()), expected) {
-                (Ok(bytes), Ok(())) => assert_eq!(bytes, content),
+                (Ok(bytes), Ok(der)) => assert_eq!(bytes, der),
                 (Err(error), Err(why)) => assert!(error.to_string().contains(why), "{error}"),
                 (result, _) => panic!("{result:?}"),
             }
         }
-        let bound = usize::try_from(MAX_CSR_BYTES).expect("small");
-        check(&vec![b'x'; bound], Ok(()));
-        check(&vec![b'x'; bound + 1], Err("more than 16 KiB"));
-        check(b"-----BEGIN EC PRIVATE KEY-----", Err("nothing was sent"));
-        assert!(read_csr(Path::new("/nonexistent")).expect_err("absent").is::<UsageError>());
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let params = rcgen::CertificateParams::new(["web.example.org".to_owned()]).expect("a name");
+        let request = params.serialize_request(&key).expect("a request");
+        let pem = request.pem().expect("text");
+        check(request.der(), Ok(request.der()));
+        check(pem.as_bytes(), Ok(request.der()));
+        check(key.serialize_pem().as_bytes(), Err("--csr /"));
+        check(key.serialized_der(), Err("--csr /"));
+        check(b"", Err("--csr /"));
+        check(&vec![b' '; MAX_PKCS10_BYTES + 1], Err("16385 bytes"));
+        let absent = read_csr(Path::new("/nonexistent")).expect_err("absent");
+        assert_eq!(absent.to_string(), "--csr /nonexistent: cannot be read: No such file or directory (os error 2)");
     }
 }

@@ -79,10 +79,10 @@ pub struct Args {
     #[arg(long, value_name = "COMMAND", help_heading = "After each change")]
     exec: Option<Words>,
     /// Format of the lines about what happens: on stdout, or on stderr when there is a CMD
-    #[arg(short, long, value_enum, default_value_t)]
+    #[arg(short, long, value_enum, default_value_t, help_heading = "Options")]
     output: LineFormat,
     /// Program that uses the files
-    #[arg(last = true, value_name = "CMD", group = "told")]
+    #[arg(last = true, value_name = "CMD", group = "told", help_heading = "Arguments")]
     command: Vec<OsString>,
 }
 

@@ -54,7 +54,7 @@ const TABLE: &[(&str, &[&str])] = &[
             "telemetry",
         ],
     ),
-    ("client", &["proto", "spiffe", "x509", "backoff"]),
+    ("client", &["proto", "spiffe", "x509", "backoff", "telemetry"]),
     ("agent", ANY),
     ("cli", ANY),
     ("main", ANY),

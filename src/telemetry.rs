@@ -140,7 +140,7 @@ impl Telemetry {
         Ok((dispatch, Self { traces }))
     }
 
-    /// Sends the spans that are left, waiting at most [`SHUTDOWN_TIMEOUT`]. Blocks; call it after the runtime's end.
+    /// Sends the spans that are left, blocking its thread for at most [`SHUTDOWN_TIMEOUT`]; needs no runtime.
     pub fn shutdown(self) {
         if let Some(provider) = self.traces {
             // What cannot be sent has been logged by the exporter.

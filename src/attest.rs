@@ -140,8 +140,7 @@ impl Attestor {
             return Err(AttestError::ForeignUserNamespace);
         }
         let text = handle.cgroup().map_err(gone_or("/proc/PID/cgroup"))?;
-        let cgroup = cgroup::path(&text)
-            .map_err(|conflict| AttestError::CgroupsDisagree { one: conflict.one, other: conflict.other })?;
+        let cgroup = cgroup::path(&text)?;
         let cgroup = cgroup.filter(|_| peer.capabilities().host_cgroups);
         let (mut path, mut sha256) = (None, None);
         if let Some(file) = seen.executable {
@@ -289,5 +288,243 @@ impl AttestError {
     /// Whether the same call on the same connection may succeed later.
     pub fn is_transient(&self) -> bool {
         matches!(self, Self::KeepsChanging { .. } | Self::Unreadable { .. })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs,
+        io::{BufRead, BufReader, Write},
+        path::PathBuf,
+        process::{Child, ChildStdout, Command, Stdio},
+    };
+
+    use super::*;
+
+    /// A shell that becomes, at a word, the next of several copies of itself.
+    struct Changeling {
+        folder: tempfile::TempDir,
+        process: Child,
+        output: BufReader<ChildStdout>,
+    }
+
+    /// Says that it is there, and becomes the copy that is named to it.
+    const SCRIPT: &str = "echo here; read name; exec \"$1/$name\" \"$1/script\" \"$1\"";
+
+    impl Changeling {
+        /// As the copy `a`.
+        fn start() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            fs::write(folder.path().join("script"), SCRIPT).unwrap();
+            let program = copy_of_sh(&folder, "a");
+            let mut command = Command::new(program);
+            command.arg(folder.path().join("script")).arg(folder.path());
+            let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+            let output = BufReader::new(process.stdout.take().unwrap());
+            let mut changeling = Self { folder, process, output };
+            changeling.wait();
+            changeling
+        }
+
+        /// As the copy `name`, by exec.
+        fn become_copy(&mut self, name: &str) {
+            copy_of_sh(&self.folder, name);
+            writeln!(self.process.stdin.as_ref().unwrap(), "{name}").unwrap();
+            self.wait();
+        }
+
+        fn wait(&mut self) {
+            let mut line = String::new();
+            self.output.read_line(&mut line).unwrap();
+            assert_eq!(line, "here\n");
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.folder.path().canonicalize().unwrap().join(name)
+        }
+    }
+
+    impl Drop for Changeling {
+        fn drop(&mut self) {
+            let _ = self.process.kill();
+            let _ = self.process.wait();
+        }
+    }
+
+    /// Each copy differs, in its size.
+    fn copy_of_sh(folder: &tempfile::TempDir, name: &str) -> PathBuf {
+        let path = folder.path().join(name);
+        fs::copy("/bin/sh", &path).unwrap();
+        fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(name.as_bytes()).unwrap();
+        path
+    }
+
+    fn attestors() -> [Attestor; 2] {
+        [Attestor::new(), Attestor::with_capabilities(Capabilities::of_linux_5_10())]
+    }
+
+    fn sha256(path: PathBuf) -> String {
+        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &fs::read(path).unwrap());
+        digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    #[tokio::test]
+    async fn a_process_that_execs_is_what_it_is_now() {
+        for attestor in attestors() {
+            attestor.set_hash_executables(true);
+            let mut process = Changeling::start();
+            let peer = Peer::of_process(&process.process, &attestor).unwrap();
+            for name in ["a", "b", "c"] {
+                if name != "a" {
+                    process.become_copy(name);
+                }
+                let workload = attestor.attest(&peer).await.unwrap();
+                assert_eq!(workload.unix().executable.as_deref(), process.path(name).to_str());
+                assert_eq!(workload.unix().executable_sha256, Some(sha256(process.path(name))));
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn facts_that_are_still_true_are_the_same_workload() {
+        for attestor in attestors() {
+            let process = Changeling::start();
+            let peer = Peer::of_process(&process.process, &attestor).unwrap();
+            let first = attestor.attest(&peer).await.unwrap();
+            assert!(Arc::ptr_eq(&first, &attestor.attest(&peer).await.unwrap()));
+            // Read again, and found equal.
+            peer.remember(Attested { at: Instant::now() - FACTS_FRESH_FOR, ..peer.attested().unwrap() });
+            assert!(Arc::ptr_eq(&first, &attestor.attest(&peer).await.unwrap()));
+        }
+    }
+
+    #[tokio::test]
+    async fn facts_that_a_check_does_not_see_are_read_again_in_time() {
+        let attestor = Attestor::new();
+        let process = Changeling::start();
+        let peer = Peer::of_process(&process.process, &attestor).unwrap();
+        let first = attestor.attest(&peer).await.unwrap();
+        let stale = Arc::new(Workload { unix: UnixFacts { supplementary_gids: vec![4242], ..first.unix().clone() } });
+        let stale = Attested { workload: stale, ..peer.attested().unwrap() };
+        peer.remember(stale.clone());
+        assert_ne!(first, attestor.attest(&peer).await.unwrap());
+        peer.remember(Attested { at: Instant::now() - FACTS_FRESH_FOR, ..stale });
+        assert_eq!(first, attestor.attest(&peer).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn an_executable_that_was_deleted_or_replaced_has_no_path() {
+        for attestor in attestors() {
+            let process = Changeling::start();
+            let peer = Peer::of_process(&process.process, &attestor).unwrap();
+            assert!(attestor.attest(&peer).await.unwrap().unix().executable.is_some());
+            fs::rename(process.path("a"), process.path("moved")).unwrap();
+            let moved = attestor.attest(&peer).await.unwrap();
+            assert_eq!(moved.unix().executable.as_deref(), process.path("moved").to_str());
+            fs::write(process.path("a"), "another").unwrap();
+            fs::rename(process.path("a"), process.path("moved")).unwrap();
+            assert_eq!(attestor.attest(&peer).await.unwrap().unix().executable, None);
+            let mut process = process;
+            process.become_copy("b");
+            fs::remove_file(process.path("b")).unwrap();
+            assert_eq!(attestor.attest(&peer).await.unwrap().unix().executable, None);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_named_as_if_deleted_has_no_path() {
+        let attestor = Attestor::new();
+        let mut process = Changeling::start();
+        process.become_copy("b (deleted)");
+        let peer = Peer::of_process(&process.process, &attestor).unwrap();
+        assert_eq!(attestor.attest(&peer).await.unwrap().unix().executable, None);
+    }
+
+    #[tokio::test]
+    async fn executables_are_hashed_only_while_asked() {
+        let attestor = Attestor::new();
+        let process = Changeling::start();
+        let peer = Peer::of_process(&process.process, &attestor).unwrap();
+        for asked in [false, true, false] {
+            attestor.set_hash_executables(asked);
+            assert_eq!(attestor.attest(&peer).await.unwrap().unix().executable_sha256.is_some(), asked);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_process_that_changes_at_each_reading_is_refused() {
+        let attestor = Attestor::new();
+        attestor.set_hash_executables(true);
+        let mut process = Changeling::start();
+        let peer = Peer::of_process(&process.process, &attestor).unwrap();
+        // The hash is what a reading waits for: while it waits, the process changes.
+        let mut slots = attestor.executables.all_slots().await;
+        let mut reading = std::pin::pin!(attestor.attest(&peer));
+        for attempt in 1..=READ_ATTEMPTS {
+            assert!(futures_util::poll!(&mut reading).is_pending(), "attempt {attempt}");
+            process.become_copy(&format!("copy{attempt}"));
+            let mut next = std::pin::pin!(attestor.executables.all_slots());
+            assert!(futures_util::poll!(&mut next).is_pending(), "queued behind the reading");
+            drop(slots);
+            tokio::select! {
+                all = next => slots = all,
+                refused = &mut reading => {
+                    assert_eq!(attempt, READ_ATTEMPTS);
+                    assert_eq!(refused.unwrap_err().reason(), "PEER_KEEPS_CHANGING");
+                    return;
+                }
+            };
+        }
+        panic!("{READ_ATTEMPTS} readings and no refusal");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_executable_that_cannot_be_examined_in_time_is_an_error_that_may_pass() {
+        let attestor = Attestor::new();
+        attestor.set_hash_executables(true);
+        let process = Changeling::start();
+        let peer = Peer::of_process(&process.process, &attestor).unwrap();
+        let _slots = attestor.executables.all_slots().await;
+        let error = attestor.attest(&peer).await.unwrap_err();
+        assert_eq!((error.reason(), error.is_transient()), ("ATTEST_UNREADABLE", true));
+    }
+
+    #[tokio::test]
+    async fn a_cgroup_seen_from_a_container_is_no_fact() {
+        let process = Changeling::start();
+        for host_cgroups in [true, false] {
+            let attestor = Attestor::with_capabilities(Capabilities { host_cgroups, ..Capabilities::probe() });
+            let peer = Peer::of_process(&process.process, &attestor).unwrap();
+            assert_eq!(attestor.attest(&peer).await.unwrap().unix().cgroup.is_some(), host_cgroups);
+        }
+    }
+
+    #[test]
+    fn errors_say_what_to_do_and_have_a_stable_reason() {
+        let source = Arc::new(io::Error::from(io::ErrorKind::TimedOut));
+        let errors = [
+            AttestError::Exited,
+            AttestError::PidReused { pid: 7 },
+            AttestError::IdsChanged { uid: 0, gid: 0, uid_now: 1000, gid_now: 1001 },
+            AttestError::KeepsChanging { pid: 7 },
+            AttestError::ForeignPidNamespace,
+            AttestError::ForeignUserNamespace,
+            AttestError::SocketPassed { peer: 7, writer: 8 },
+            AttestError::CgroupsDisagree { one: "/a".to_owned(), other: "/b".to_owned() },
+            AttestError::Unreadable { what: "/proc/PID/status", source },
+        ];
+        let lines = errors.map(|error| format!("{} {}: {error}", error.reason(), error.is_transient()));
+        insta::assert_snapshot!(lines.join("\n"), @r#"
+        PEER_EXITED false: the calling process has exited
+        PEER_PID_REUSED false: process 7 started after the connection that names it; connect again
+        PEER_IDS_CHANGED false: the calling process connected as uid 0 gid 0 and is now uid 1000 gid 1001; connect again
+        PEER_KEEPS_CHANGING true: process 7 changed each of 5 times it was examined; call again when it has settled
+        PEER_FOREIGN_PID_NAMESPACE false: the caller is in a pid namespace that this agent cannot see; run the agent in the host's (hostPID: true)
+        PEER_FOREIGN_USER_NAMESPACE false: the caller's user or group has no id in this agent's user namespace; run the agent in the host's
+        PEER_SOCKET_PASSED false: process 8 wrote to a connection of process 7; each process must connect for itself
+        PEER_CGROUPS_DISAGREE false: the caller is in cgroup "/a" of one hierarchy and "/b" of another; which of them counts is not known
+        ATTEST_UNREADABLE true: cannot read /proc/PID/status of the calling process
+        "#);
     }
 }

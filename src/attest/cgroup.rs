@@ -4,24 +4,19 @@
 //! written from the host's root, or that has been deleted, names no unit. Resource hierarchies of cgroup v1 are not
 //! read, because anything may place processes there; systemd places them in its own.
 
+use super::AttestError;
+
 /// Longest unit name of systemd (`UNIT_NAME_MAX`), in bytes.
 const UNIT_NAME_BYTES_MAX: usize = 255;
 /// Kinds of unit whose processes have a cgroup, except slices (systemd.unit(5)).
 const UNIT_TYPES: [&str; 5] = ["service", "scope", "socket", "mount", "swap"];
-
-/// Two hierarchies, or two lines of one, that place a process differently.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Conflict {
-    pub(super) one: String,
-    pub(super) other: String,
-}
 
 /// The path of the process's cgroup in the hierarchy that systemd manages, out of the text of `/proc/PID/cgroup`.
 ///
 /// That is the line `0::` (cgroup v2), the line of `name=systemd` (v1), or with both mounted (hybrid) the one that is
 /// not the root; two that are not the root must agree. `None` when there is no such line or the cgroup was deleted
 /// (cgroups(7), "/proc files").
-pub(super) fn path(text: &str) -> Result<Option<&str>, Conflict> {
+pub(super) fn path(text: &str) -> Result<Option<&str>, AttestError> {
     let mut found = "";
     for line in text.lines() {
         // Only the path may contain a colon or a space; the kernel allows no line break in it.
@@ -33,7 +28,7 @@ pub(super) fn path(text: &str) -> Result<Option<&str>, Conflict> {
         if matches!(found, "" | "/") {
             found = path;
         } else if path != found && path != "/" {
-            return Err(Conflict { one: found.to_owned(), other: path.to_owned() });
+            return Err(AttestError::CgroupsDisagree { one: found.to_owned(), other: path.to_owned() });
         }
     }
     Ok((found.starts_with('/') && !found.ends_with(" (deleted)")).then_some(found))
@@ -167,7 +162,7 @@ mod tests {
     #[test]
     fn hierarchies_that_disagree_are_refused() {
         for text in ["1:name=systemd:/docker/0a\n0::/system.slice/docker.service\n", "0::/a\n0::/b\n"] {
-            assert!(path(text).is_err(), "{text:?}");
+            assert_eq!(path(text).unwrap_err().reason(), "PEER_CGROUPS_DISAGREE", "{text:?}");
         }
     }
 

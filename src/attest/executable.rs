@@ -158,11 +158,8 @@ async fn examine<T: Send + 'static>(
     slot: Slot,
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
-    let work = move || {
-        let _slot = slot;
-        work()
-    };
-    tokio::task::spawn_blocking(work).await?
+    let (done, _slot) = tokio::task::spawn_blocking(move || (work(), slot)).await?;
+    done
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -207,4 +204,87 @@ fn hash(handle: &ProcHandle, file: FileId) -> io::Result<Option<String>> {
         return Ok(None);
     }
     Ok(Some(context.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect()))
+}
+
+#[cfg(test)]
+impl Executables {
+    /// All slots, so that nothing is examined while they are held.
+    pub(super) async fn all_slots(&self) -> OwnedSemaphorePermit {
+        Arc::clone(&self.slots).acquire_many_owned(EXAMINED_AT_A_TIME_MAX as u32).await.unwrap()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt as _;
+
+    use super::*;
+
+    /// This process, and what it runs.
+    fn ourselves() -> (ProcHandle, FileId) {
+        let handle = ProcHandle::open(std::process::id()).unwrap();
+        let file = handle.executable().unwrap();
+        (handle, file)
+    }
+
+    fn executables(age: Duration, file: FileId) -> Executables {
+        let changed = UNIX_EPOCH + Duration::from_secs(file.changed.0 as u64);
+        Executables::new(Clock::paused(changed + age))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_hash_is_remembered_once_the_file_has_settled() {
+        let (handle, file) = ourselves();
+        for (age, remembered) in [(SETTLED_AFTER, false), (SETTLED_AFTER + Duration::from_millis(1), true)] {
+            let executables = executables(age, file);
+            let hash = executables.hashes.find(&handle, file).unwrap();
+            assert!(hash.is_some());
+            assert_eq!(executables.hashes.of(file), hash.filter(|_| remembered));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn hashes_are_forgotten_when_there_is_no_room_for_one_more() {
+        let (handle, file) = ourselves();
+        for (others, left) in [(REMEMBERED_MAX - 1, REMEMBERED_MAX), (REMEMBERED_MAX, 1)] {
+            let executables = executables(SETTLED_AFTER * 2, file);
+            let others = (0..others as u64).map(|size| (FileId { inode: 0, size, ..file }, String::new()));
+            lock(&executables.hashes.known).extend(others);
+            executables.hashes.find(&handle, file).unwrap();
+            assert_eq!(lock(&executables.hashes.known).len(), left);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_is_hashed_up_to_512_mebibytes() {
+        let (handle, file) = ourselves();
+        let executables = Executables::new(Clock::system());
+        let _slots = executables.all_slots().await;
+        let largest = FileId { size: HASHED_BYTES_MAX, ..file };
+        assert!(executables.sha256(&handle, largest, 7).now_or_never().is_none(), "waits for a slot");
+        let larger = FileId { size: HASHED_BYTES_MAX + 1, ..file };
+        assert_eq!(executables.sha256(&handle, larger, 7).now_or_never().unwrap().unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_not_what_the_process_runs_has_no_hash() {
+        let (handle, file) = ourselves();
+        let executables = Executables::new(Clock::system());
+        let other = FileId { inode: file.inode + 1, ..file };
+        assert_eq!(executables.sha256(&handle, other, 7).await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn callers_of_one_user_take_turns_and_delay_no_other_user() {
+        let executables = Executables::new(Clock::system());
+        let first = executables.slot(7).await.unwrap();
+        assert!(executables.slot(7).now_or_never().is_none());
+        let second = executables.slot(8).now_or_never().unwrap().unwrap();
+        assert!(executables.slot(9).now_or_never().is_none(), "one past the bound for all");
+        drop(first);
+        assert!(executables.slot(9).now_or_never().is_some());
+        drop(second);
+        drop(executables.slot(10).await.unwrap());
+        assert_eq!(lock(&executables.turns).len(), 1, "turns of users who are gone are forgotten");
+    }
 }

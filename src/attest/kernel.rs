@@ -48,6 +48,14 @@ impl Capabilities {
     }
 }
 
+#[cfg(any(test, feature = "testing"))]
+impl Capabilities {
+    /// What the oldest supported kernel offers, in the namespaces this process is in.
+    pub fn of_linux_5_10() -> Self {
+        Self { peer_pidfd: false, pidfd_info: false, ..Self::probe() }
+    }
+}
+
 /// One line for the log at start: `SO_PEERPIDFD yes, PIDFD_GET_INFO no, host cgroups yes, all users yes`.
 impl fmt::Display for Capabilities {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -176,4 +184,30 @@ pub(super) fn receive(socket: BorrowedFd<'_>, buffer: &mut ReadBuf<'_>) -> io::R
     unsafe { buffer.assume_init(received) };
     buffer.advance(received);
     Ok((received, sender.map(|sender| Sender { pid: sender.pid, uid: sender.uid })))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capabilities_are_said_in_one_line() {
+        let capabilities = Capabilities { peer_pidfd: true, pidfd_info: false, host_cgroups: true, all_users: false };
+        insta::assert_snapshot!(capabilities, @"SO_PEERPIDFD yes, PIDFD_GET_INFO no, host cgroups yes, all users no");
+    }
+
+    #[test]
+    fn the_kernel_tells_our_own_ids_if_it_tells_any() {
+        let pidfd = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty()).unwrap();
+        if Capabilities::probe().pidfd_info {
+            let ids = process_ids(pidfd.as_fd()).unwrap();
+            assert_eq!(
+                (ids.real_uid, ids.uid),
+                (rustix::process::getuid().as_raw(), rustix::process::geteuid().as_raw())
+            );
+            assert_eq!(ids.gid, rustix::process::getegid().as_raw());
+        } else {
+            assert!(process_ids(pidfd.as_fd()).is_err());
+        }
+    }
 }

@@ -213,3 +213,102 @@ pub(super) fn gone_or(what: &'static str) -> impl Fn(io::Error) -> AttestError {
 fn unreadable(what: &'static str) -> impl Fn(io::Error) -> AttestError {
     move |source| AttestError::Unreadable { what, source: Arc::new(source) }
 }
+
+#[cfg(test)]
+impl Peer {
+    /// Any process, as if it had connected.
+    pub(super) fn of_process(process: &std::process::Child, attestor: &Attestor) -> Result<Self, AttestError> {
+        let number = Pid::from_child(process);
+        let (uid, gid) =
+            ProcHandle::open(process.id()).and_then(|handle| handle.owner()).map_err(gone_or("/proc/PID"))?;
+        let pidfd = pidfd_open(number, PidfdFlags::empty()).map_err(|error| gone_or("pidfd_open")(error.into()))?;
+        Self::hold(number, Ids { uid, gid }, pidfd, None, attestor.capabilities())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+
+    use super::*;
+
+    fn sleeper() -> Child {
+        Command::new("sleep").arg("60").spawn().unwrap()
+    }
+
+    fn hold(process: &Child, latest: Option<u64>) -> Result<Peer, AttestError> {
+        let number = Pid::from_child(process);
+        let pidfd = pidfd_open(number, PidfdFlags::empty()).unwrap();
+        Peer::hold(number, Ids { uid: 0, gid: 0 }, pidfd, latest, Capabilities::probe())
+    }
+
+    fn end(mut process: Child) {
+        process.kill().unwrap();
+        process.wait().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_process_that_started_after_the_connection_was_accepted_is_refused() {
+        let process = sleeper();
+        let started = ProcHandle::open(process.id()).unwrap().start_ticks().unwrap();
+        assert!(started <= boot_ticks(), "both count from boot");
+        assert!(hold(&process, Some(started)).is_ok());
+        assert_eq!(hold(&process, Some(started - 1)).unwrap_err().reason(), "PEER_PID_REUSED");
+        end(process);
+    }
+
+    #[tokio::test]
+    async fn a_number_whose_process_is_gone_is_refused_whoever_has_it_now() {
+        let (first, second) = (sleeper(), sleeper());
+        let number = Pid::from_child(&second);
+        let pidfd = pidfd_open(Pid::from_child(&first), PidfdFlags::empty()).unwrap();
+        end(first);
+        let held = Peer::hold(number, Ids { uid: 0, gid: 0 }, pidfd, None, Capabilities::probe());
+        assert_eq!(held.unwrap_err().reason(), "PEER_EXITED");
+        end(second);
+    }
+
+    #[tokio::test]
+    async fn a_process_that_has_exited_and_is_not_yet_reaped_is_refused() {
+        let attestors = [Attestor::new(), Attestor::with_capabilities(Capabilities::of_linux_5_10())];
+        for attestor in attestors {
+            let mut process = sleeper();
+            let peer = Peer::of_process(&process, &attestor).unwrap();
+            assert!(peer.observe().is_ok());
+            process.kill().unwrap();
+            peer.exited().await;
+            assert_eq!(peer.observe().unwrap_err().reason(), "PEER_EXITED");
+            assert_eq!(Peer::of_process(&process, &attestor).unwrap_err().reason(), "PEER_EXITED");
+            process.wait().unwrap();
+            assert_eq!(peer.observe().unwrap_err().reason(), "PEER_EXITED");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_process_that_shows_other_ids_than_it_connected_with_is_refused() {
+        let process = sleeper();
+        for capabilities in [Capabilities::probe(), Capabilities::of_linux_5_10()] {
+            let (uid, gid) = ProcHandle::open(process.id()).unwrap().owner().unwrap();
+            for ids in [Ids { uid: uid + 1, gid }, Ids { uid, gid: gid + 1 }] {
+                let pidfd = pidfd_open(Pid::from_child(&process), PidfdFlags::empty()).unwrap();
+                let peer = Peer::hold(Pid::from_child(&process), ids, pidfd, None, capabilities).unwrap();
+                assert_eq!(peer.observe().unwrap_err().reason(), "PEER_IDS_CHANGED");
+            }
+        }
+        end(process);
+    }
+
+    #[tokio::test]
+    async fn only_the_peers_own_bytes_are_its_bytes() {
+        let process = sleeper();
+        let peer = hold(&process, None).unwrap();
+        let (pid, uid) = (process.id() as i32, peer.real_uid);
+        assert!(peer.wrote(Some(Sender { pid, uid })));
+        for other in
+            [None, Some(Sender { pid: pid + 1, uid }), Some(Sender { pid: 0, uid }), Some(Sender { pid, uid: uid + 1 })]
+        {
+            assert!(!peer.wrote(other), "{other:?}");
+        }
+        end(process);
+    }
+}

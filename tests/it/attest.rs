@@ -1,0 +1,504 @@
+//! Attestation against real processes: each actor is this test binary, run again to do what it is told on its input.
+
+use std::{
+    fs,
+    io::{self, BufRead, BufReader, IoSlice, IoSliceMut, Read, Write},
+    mem::MaybeUninit,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::{
+            net::{UnixListener as StdListener, UnixStream as StdStream},
+            process::CommandExt,
+        },
+    },
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    sync::Arc,
+};
+
+use csrd::attest::{AttestError, Attestor, Caller, Capabilities, Peer, PeerStream, prepare_listener};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec},
+    net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixListener,
+};
+
+/// A user that owns nothing here, and is not the one that stands for the unknown.
+const STRANGER: u32 = 54321;
+/// How long an actor waits for what will never come if the thing it tests is broken, in seconds.
+const PATIENCE_SECONDS: i64 = 20;
+
+#[tokio::test]
+async fn a_peer_is_the_process_that_connected() {
+    for mut scene in scenes() {
+        if rustix::process::geteuid().is_root() {
+            scene.actor.tell("groups 7 5 7");
+        }
+        let (mut stream, peer) = scene.connect().await;
+        assert_eq!((peer.pid(), peer.uid()), (scene.actor.process.id(), rustix::process::geteuid().as_raw()));
+        scene.actor.tell("write hello");
+        assert_eq!(read(&mut stream).await.unwrap(), "hello");
+        stream.write_all(b"answer\n").await.unwrap();
+        assert_eq!(scene.actor.tell("read"), "answer");
+
+        scene.attestor.set_hash_executables(true);
+        let workload = scene.attestor.attest(&peer).await.unwrap();
+        let unix = workload.unix();
+        assert_eq!(unix.uid, rustix::process::geteuid().as_raw());
+        assert_eq!(unix.gid, rustix::process::getegid().as_raw());
+        assert_eq!(unix.user.as_deref().unwrap_or_default(), output(Command::new("id").arg("-un")));
+        assert_eq!(unix.group.as_deref().unwrap_or_default(), output(Command::new("id").arg("-gn")));
+        if rustix::process::geteuid().is_root() {
+            assert_eq!(unix.supplementary_gids, [5, 7]);
+        }
+        let program = std::env::current_exe().unwrap().canonicalize().unwrap();
+        assert_eq!(unix.executable.as_deref(), program.to_str());
+        let sum = output(Command::new("sha256sum").arg(&program));
+        assert_eq!(unix.executable_sha256.as_deref(), sum.split(' ').next());
+    }
+}
+
+#[tokio::test]
+async fn a_caller_that_exits_is_noticed_and_refused() {
+    for mut scene in scenes() {
+        let (_stream, peer) = scene.connect().await;
+        scene.actor.tell(&format!("connect {}", scene.path.display()));
+        let (late, _) = scene.listener.accept().await.unwrap();
+        let caller = Caller::Peer(peer);
+        assert!(caller.attest(&scene.attestor).await.is_ok());
+        scene.actor.process.kill().unwrap();
+        caller.exited().await;
+        assert_eq!(reason(caller.attest(&scene.attestor).await), "PEER_EXITED");
+        scene.actor.process.wait().unwrap();
+        assert_eq!(reason(caller.attest(&scene.attestor).await), "PEER_EXITED");
+        assert_eq!(reason(Peer::of(&late, &scene.attestor)), "PEER_EXITED");
+    }
+}
+
+#[tokio::test]
+async fn a_caller_that_execs_is_another_workload_on_the_same_connection() {
+    for mut scene in scenes() {
+        let (mut stream, peer) = scene.connect().await;
+        let before = scene.attestor.attest(&peer).await.unwrap();
+        scene.actor.exec("cat");
+        scene.actor.echo();
+        let after = scene.attestor.attest(&peer).await.unwrap();
+        assert_eq!(
+            after.unix().executable,
+            Some(output(Command::new("sh").arg("-c").arg("readlink -f $(command -v cat)")))
+        );
+        assert_ne!(before, after);
+        stream.write_all(b"still open").await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_caller_that_changes_its_user_is_refused() {
+    if !is_root("a_caller_that_changes_its_user_is_refused") {
+        return;
+    }
+    for mut scene in scenes() {
+        let (_stream, peer) = scene.connect().await;
+        assert!(scene.attestor.attest(&peer).await.is_ok());
+        scene.actor.tell(&format!("become {STRANGER} {STRANGER}"));
+        assert_eq!(reason(scene.attestor.attest(&peer).await), "PEER_IDS_CHANGED");
+    }
+}
+
+#[tokio::test]
+async fn a_set_user_id_program_is_its_effective_user() {
+    if !is_root("a_set_user_id_program_is_its_effective_user") {
+        return;
+    }
+    for mut scene in scenes() {
+        scene.actor.tell(&format!("become 0 {STRANGER}"));
+        let (mut stream, peer) = scene.connect().await;
+        scene.actor.tell("write hello");
+        assert_eq!(read(&mut stream).await.unwrap(), "hello");
+        assert_eq!(scene.attestor.attest(&peer).await.unwrap().unix().uid, STRANGER);
+    }
+}
+
+#[tokio::test]
+async fn bytes_written_through_an_inherited_socket_are_refused() {
+    for mut scene in scenes() {
+        let (mut stream, _peer) = scene.connect().await;
+        scene.actor.tell("write own");
+        scene.actor.tell("inherit foreign");
+        assert_eq!(read(&mut stream).await.unwrap(), "own", "never joined with another writer's");
+        refused(read(&mut stream).await);
+    }
+}
+
+#[tokio::test]
+async fn bytes_written_through_a_passed_socket_are_refused() {
+    for mut scene in scenes() {
+        let (mut stream, _peer) = scene.connect().await;
+        let (mut other, meeting) = (Actor::start(), scene.folder.path().join("meeting"));
+        other.tell(&format!("listen {}", meeting.display()));
+        scene.actor.tell(&format!("pass {}", meeting.display()));
+        other.tell("take");
+        other.tell("write foreign");
+        refused(read(&mut stream).await);
+    }
+}
+
+#[tokio::test]
+async fn bytes_are_named_from_the_first_one_on_if_the_listener_was_prepared() {
+    for prepared in [true, false] {
+        let mut scene = Scene::new(Attestor::new());
+        if !prepared {
+            let path = scene.folder.path().join("unprepared");
+            (scene.listener, scene.path) = (UnixListener::bind(&path).unwrap(), path);
+        }
+        scene.actor.tell(&format!("connect {}", scene.path.display()));
+        let (stream, _) = scene.listener.accept().await.unwrap();
+        scene.actor.tell("write early");
+        let peer = Arc::new(Peer::of(&stream, &scene.attestor).unwrap());
+        let early = read(&mut PeerStream::new(stream, &peer)).await;
+        match prepared {
+            true => assert_eq!(early.unwrap(), "early"),
+            false => refused(early),
+        }
+    }
+}
+
+#[tokio::test]
+async fn descriptors_that_a_client_sends_are_closed() {
+    let mut scene = Scene::new(Attestor::new());
+    let (mut stream, _peer) = scene.connect().await;
+    scene.actor.tell("send-pipes");
+    assert_eq!(read(&mut stream).await.unwrap(), "x");
+    assert_eq!(scene.actor.tell("await-pipes"), "closed");
+}
+
+#[tokio::test]
+async fn a_stream_carries_whatever_is_written_until_its_end() {
+    const BYTES: usize = 3 << 20;
+    let mut scene = Scene::new(Attestor::new());
+    let (mut stream, _peer) = scene.connect().await;
+    scene.actor.say(&format!("flood {BYTES}"));
+    let mut received = Vec::new();
+    stream.read_to_end(&mut received).await.unwrap();
+    scene.actor.answer();
+    assert_eq!(received.len(), BYTES);
+    assert!(received.iter().enumerate().all(|(at, byte)| *byte == at as u8));
+}
+
+#[tokio::test]
+async fn an_executable_at_a_path_of_its_own_mounts_has_no_path() {
+    if !is_root("an_executable_at_a_path_of_its_own_mounts_has_no_path") {
+        return;
+    }
+    let mut scene = Scene::new(Attestor::new());
+    let (_stream, peer) = scene.connect().await;
+    let cat = output(Command::new("sh").arg("-c").arg("command -v cat"));
+    let (trusted, fake) = (scene.folder.path().join("trusted"), scene.folder.path().join("fake"));
+    fs::copy(&cat, &trusted).unwrap();
+    fs::copy(&cat, &fake).unwrap();
+    let script = format!("mount --bind {} {trusted} && exec {trusted}", fake.display(), trusted = trusted.display());
+    fs::write(scene.folder.path().join("script"), script).unwrap();
+    scene.actor.exec(&format!("unshare --mount sh {}", scene.folder.path().join("script").display()));
+    scene.actor.echo();
+    let trusted = trusted.canonicalize().unwrap();
+    assert_eq!(fs::read_link(format!("/proc/{}/exe", peer.pid())).unwrap(), trusted, "what the kernel says");
+    assert_eq!(scene.attestor.attest(&peer).await.unwrap().unix().executable, None);
+}
+
+#[tokio::test]
+async fn a_caller_outside_our_pid_namespace_is_refused() {
+    if !is_root("a_caller_outside_our_pid_namespace_is_refused") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mut agent = Actor::run(Command::new("unshare").args(["--pid", "--fork", "--mount-proc", "--kill-child"]));
+    agent.tell(&format!("serve {}", folder.path().join("socket").display()));
+    let _connection = StdStream::connect(folder.path().join("socket")).unwrap();
+    assert_eq!(agent.tell("attest"), "PEER_FOREIGN_PID_NAMESPACE");
+}
+
+#[tokio::test]
+async fn a_caller_whose_user_is_unknown_to_our_user_namespace_is_refused() {
+    if !is_root("a_caller_whose_user_is_unknown_to_our_user_namespace_is_refused") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("socket");
+    let mut agent = Actor::run(Command::new("unshare").args(["--user", "--map-root-user"]));
+    agent.tell(&format!("serve {}", socket.display()));
+    let mut known = Actor::start();
+    known.tell(&format!("connect {}", socket.display()));
+    assert_eq!(agent.tell("attest"), "uid 0");
+    let mut stranger = Actor::start();
+    stranger.tell(&format!("open-to-all {}", socket.display()));
+    stranger.tell(&format!("become {STRANGER} {STRANGER}"));
+    stranger.tell(&format!("connect {}", socket.display()));
+    assert_eq!(agent.tell("attest"), "PEER_FOREIGN_USER_NAMESPACE");
+}
+
+/// A listener, who attests on it, and who calls.
+struct Scene {
+    attestor: Attestor,
+    listener: UnixListener,
+    path: PathBuf,
+    actor: Actor,
+    folder: tempfile::TempDir,
+}
+
+/// One for what this kernel offers and one for what the oldest supported kernel does.
+fn scenes() -> [Scene; 2] {
+    [Attestor::new(), Attestor::with_capabilities(Capabilities::of_linux_5_10())].map(Scene::new)
+}
+
+impl Scene {
+    fn new(attestor: Attestor) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        open_to_all(&path);
+        prepare_listener(&listener).unwrap();
+        Self { attestor, listener, path, actor: Actor::start(), folder }
+    }
+
+    async fn connect(&mut self) -> (PeerStream, Arc<Peer>) {
+        self.actor.tell(&format!("connect {}", self.path.display()));
+        let (stream, _) = self.listener.accept().await.unwrap();
+        let peer = Arc::new(Peer::of(&stream, &self.attestor).unwrap());
+        (PeerStream::new(stream, &peer), peer)
+    }
+}
+
+/// A process that does what it is told; see [`act`].
+struct Actor {
+    process: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+}
+
+impl Actor {
+    fn start() -> Self {
+        Self::run(&mut Command::new("env"))
+    }
+
+    /// Run by `command`, which takes another command as its arguments.
+    fn run(command: &mut Command) -> Self {
+        let arguments = ["--exact", "attest::actor", "--ignored", "--nocapture"];
+        let command = command.arg(std::env::current_exe().unwrap()).args(arguments);
+        let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (input, output) = (process.stdin.take().unwrap(), BufReader::new(process.stdout.take().unwrap()));
+        Self { process, input, output }
+    }
+
+    /// The answer to `order`, when it has been carried out.
+    fn tell(&mut self, order: &str) -> String {
+        self.say(order);
+        self.answer()
+    }
+
+    fn say(&mut self, order: &str) {
+        writeln!(self.input, "{order}").unwrap();
+    }
+
+    fn answer(&mut self) -> String {
+        // libtest says things of its own before, on the same line or others.
+        self.line_with("done:")
+    }
+
+    /// Becomes another program, with its connection open. [`Actor::echo`] tells when.
+    fn exec(&mut self, program: &str) {
+        self.say(&format!("exec {program}"));
+    }
+
+    /// Waits until the actor has become `cat`.
+    fn echo(&mut self) {
+        self.say("echo:");
+        self.line_with("echo:");
+    }
+
+    fn line_with(&mut self, mark: &str) -> String {
+        loop {
+            let mut line = String::new();
+            assert_ne!(self.output.read_line(&mut line).unwrap(), 0, "the actor has ended");
+            if let Some((_, answer)) = line.split_once(mark) {
+                return answer.trim().to_owned();
+            }
+        }
+    }
+}
+
+impl Drop for Actor {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+#[tokio::test]
+#[ignore = "the other side of the tests here; does nothing by itself"]
+async fn actor() {
+    let mut props = Props::default();
+    // Not a byte more than the order is read, because the rest is for the program that an actor becomes.
+    let mut input = fs::File::from(io::stdin().as_fd().try_clone_to_owned().unwrap());
+    let mut order = Vec::new();
+    let mut byte = [0];
+    while input.read(&mut byte).unwrap() == 1 {
+        if byte != *b"\n" {
+            order.push(byte[0]);
+            continue;
+        }
+        let answer = act(&mut props, &String::from_utf8(std::mem::take(&mut order)).unwrap()).await;
+        println!("done:{answer}");
+    }
+}
+
+/// What an actor holds.
+#[derive(Default)]
+struct Props {
+    stream: Option<StdStream>,
+    listener: Option<StdListener>,
+    server: Option<(UnixListener, Attestor)>,
+    pipes: Vec<OwnedFd>,
+}
+
+async fn act(props: &mut Props, order: &str) -> String {
+    let (order, rest) = order.split_once(' ').unwrap_or((order, ""));
+    let words: Vec<&str> = rest.split(' ').collect();
+    let number = |word: &str| word.parse::<u32>().unwrap();
+    match order {
+        "connect" => props.stream = Some(StdStream::connect(rest).unwrap()),
+        "write" => stream(props).write_all(rest.as_bytes()).unwrap(),
+        "read" => return BufReader::new(stream(props)).lines().next().unwrap().unwrap(),
+        "flood" => {
+            let bytes: Vec<u8> = (0..words[0].parse::<usize>().unwrap()).map(|at| at as u8).collect();
+            stream(props).write_all(&bytes).unwrap();
+            props.stream = None;
+        }
+        "groups" => set_groups(&words.iter().map(|word| number(word)).collect::<Vec<_>>()),
+        "become" => set_user(number(words[0]), number(words[1])),
+        "inherit" => {
+            let output = OwnedFd::from(stream(props).try_clone().unwrap());
+            let mut child = Command::new("printf").arg(rest).stdout(output).spawn().unwrap();
+            assert!(child.wait().unwrap().success());
+        }
+        "listen" => props.listener = Some(StdListener::bind(rest).unwrap()),
+        "pass" => send(&StdStream::connect(rest).unwrap(), &[stream(props).as_fd()]),
+        "take" => {
+            let (meeting, _) = props.listener.as_ref().unwrap().accept().unwrap();
+            props.stream = Some(receive(&meeting));
+        }
+        "send-pipes" => {
+            let (readers, writers): (Vec<_>, Vec<_>) = (0..8).map(|_| rustix::pipe::pipe().unwrap()).unzip();
+            let sent: Vec<_> = writers.iter().map(AsFd::as_fd).collect();
+            send(stream(props), &sent);
+            props.pipes = readers;
+        }
+        "await-pipes" => return if props.pipes.iter().all(is_closed) { "closed" } else { "open" }.to_owned(),
+        "open-to-all" => open_to_all(Path::new(rest)),
+        "exec" => {
+            rustix::io::fcntl_setfd(stream(props), rustix::io::FdFlags::empty()).unwrap();
+            panic!("{}", Command::new(words[0]).args(&words[1..]).exec());
+        }
+        "serve" => props.server = Some((UnixListener::bind(rest).unwrap(), Attestor::new())),
+        "attest" => {
+            let (listener, attestor) = props.server.as_ref().unwrap();
+            let (stream, _) = listener.accept().await.unwrap();
+            let attested = async { attestor.attest(&Peer::of(&stream, attestor)?).await };
+            return match attested.await {
+                Ok(workload) => format!("uid {}", workload.unix().uid),
+                Err(error) => error.reason().to_owned(),
+            };
+        }
+        _ => panic!("no such order: {order}"),
+    }
+    String::new()
+}
+
+/// Of the whole process, unlike rustix's, which are of one thread.
+#[allow(unsafe_code)]
+fn set_groups(groups: &[u32]) {
+    // SAFETY: the pointer is to as many groups as the length says.
+    assert_eq!(unsafe { libc::setgroups(groups.len(), groups.as_ptr()) }, 0);
+}
+
+/// Likewise; the saved user id is the real one.
+#[allow(unsafe_code)]
+fn set_user(real: u32, effective: u32) {
+    // SAFETY: there is no memory involved.
+    assert_eq!(unsafe { libc::setresuid(real, effective, real) }, 0);
+}
+
+fn stream(props: &Props) -> &StdStream {
+    props.stream.as_ref().unwrap()
+}
+
+/// Sends descriptors with one byte.
+fn send(stream: &StdStream, descriptors: &[std::os::fd::BorrowedFd<'_>]) {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)));
+    rustix::net::sendmsg(stream, &[IoSlice::new(b"x")], &mut control, SendFlags::empty()).unwrap();
+}
+
+/// Receives one descriptor, of a stream.
+fn receive(stream: &StdStream) -> StdStream {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0];
+    rustix::net::recvmsg(stream, &mut [IoSliceMut::new(&mut byte)], &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
+    let descriptors = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+        _ => None,
+    });
+    descriptors.unwrap().into()
+}
+
+/// Whether nobody holds the other end of a pipe any more.
+fn is_closed(reader: &OwnedFd) -> bool {
+    let patience = Timespec { tv_sec: PATIENCE_SECONDS, tv_nsec: 0 };
+    let mut polled = [PollFd::new(reader, PollFlags::IN)];
+    rustix::event::poll(&mut polled, Some(&patience)).unwrap() == 1
+        && fs::File::from(reader.try_clone().unwrap()).read(&mut [0]).unwrap() == 0
+}
+
+/// What one read gives.
+async fn read(stream: &mut PeerStream) -> io::Result<String> {
+    let mut buffer = [0; 64];
+    let length = stream.read(&mut buffer).await?;
+    Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
+}
+
+/// Checks that a read failed because of its writer.
+fn refused(result: io::Result<String>) {
+    let error = result.expect_err("these are another process's bytes");
+    assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<AttestError>());
+    assert_eq!(inner.expect("says why").reason(), "PEER_SOCKET_PASSED");
+}
+
+fn reason<T>(result: Result<T, AttestError>) -> &'static str {
+    result.err().map_or("attested", |error| error.reason())
+}
+
+/// Whether the test can be run; says so if not.
+fn is_root(test: &str) -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        // Past libtest's capture, so that it is seen when the test passes.
+        let _ = writeln!(io::stderr(), "{test}: SKIPPED, it needs root");
+    }
+    root
+}
+
+/// Lets any user reach and connect to a socket.
+fn open_to_all(socket: &Path) {
+    for (path, mode) in [(socket.parent().unwrap(), 0o755), (socket, 0o666)] {
+        fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+    }
+}
+
+fn output(command: &mut Command) -> String {
+    String::from_utf8(command.output().unwrap().stdout).unwrap().trim().to_owned()
+}

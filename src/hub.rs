@@ -14,6 +14,8 @@ mod flight;
 mod queue;
 mod state;
 mod subscription;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::HashMap,
@@ -369,9 +371,12 @@ pub enum HubError {
     /// The attempt failed.
     #[error("{0}")]
     Issue(Arc<IssueError>),
-    /// The attempt took longer than [`FLIGHT_TIMEOUT`] or was lost.
+    /// The attempt took longer than [`FLIGHT_TIMEOUT`].
     #[error("the signer did not answer within {} s", FLIGHT_TIMEOUT.as_secs())]
     TimedOut,
+    /// The attempt's task panicked; a fault of the agent.
+    #[error("the issuance was lost to a fault of the agent; its log has the details")]
+    Lost,
     /// A renewal failed and the certificate has expired since.
     #[error("the certificate has expired and its renewal fails: {0}")]
     Expired(String),
@@ -390,6 +395,7 @@ impl HubError {
             Self::TooMany { .. } => "TOO_MANY_CREDENTIALS",
             Self::Issue(error) => error.reason(),
             Self::TimedOut => "SIGNER_TIMEOUT",
+            Self::Lost => "ISSUANCE_LOST",
             Self::Expired(_) => "CERTIFICATE_EXPIRED",
             Self::Stopping => "AGENT_STOPPING",
         }

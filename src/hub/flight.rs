@@ -120,7 +120,7 @@ impl Hub {
             // A panic in one attempt is a fault of ours; it must not take the other workloads' certificates with it.
             Err(lost) => {
                 tracing::error!(error = %lost, "an issuance was lost");
-                (lost.id(), Err(HubError::TimedOut))
+                (lost.id(), Err(HubError::Lost))
             }
         };
         let Some(id) = entries.remove(&task) else { return };

@@ -286,6 +286,17 @@ impl State {
         rows
     }
 
+    /// Whether no index remembers anything.
+    #[cfg(test)]
+    pub(super) fn is_clean(&self) -> bool {
+        self.entries.is_empty()
+            && self.shared.is_empty()
+            && self.due.is_empty()
+            && self.idle.is_empty()
+            && self.expiries.is_empty()
+            && self.held.is_empty()
+    }
+
     /// Changes the published state of a live entry.
     fn change(&mut self, id: u128, change: impl FnOnce(&mut Live)) {
         if let Some(entry) = self.entries.get(&id) {

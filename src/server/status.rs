@@ -75,6 +75,7 @@ impl From<&HubError> for Refusal {
             HubError::UnknownSigner { .. } => Code::FailedPrecondition,
             HubError::RateLimited { .. } | HubError::TooMany { .. } => Code::ResourceExhausted,
             HubError::Issue(error) if !error.is_transient() => Code::Internal,
+            HubError::Lost => Code::Internal,
             HubError::Issue(_) | HubError::TimedOut | HubError::Expired(_) | HubError::Stopping => Code::Unavailable,
         };
         Self::new(code, error.reason(), with_causes(error))

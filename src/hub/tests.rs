@@ -1,0 +1,546 @@
+//! The hub under paused time, over a real embedded CA whose answers a script can delay and fail.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    num::NonZeroU32,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
+use tokio::{
+    sync::watch,
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::{
+    policy::Source,
+    signer::{SignError, Signing, SigningRequest, embedded},
+    x509::{DnsName, KeyAlgorithm, Names, PrivateKey, Usages},
+};
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// A signer that counts, waits and fails as it is told, and never lets two flights for one certificate pass.
+#[derive(Debug)]
+struct Scripted {
+    ca: embedded::Embedded,
+    delay: Mutex<Duration>,
+    failing: Mutex<Option<SignError>>,
+    calls: AtomicUsize,
+    /// Names whose certificates are being signed.
+    flying: Mutex<BTreeSet<Vec<String>>>,
+    bundle: watch::Sender<Arc<Bundle>>,
+}
+
+impl Sign for Scripted {
+    fn name(&self) -> &str {
+        embedded::NAME
+    }
+
+    fn sign<'a>(&'a self, request: SigningRequest<'a>) -> Signing<'a> {
+        Box::pin(async move {
+            self.calls.fetch_add(1, Ordering::Relaxed);
+            let mut names = request.grant.names().to_strings();
+            names.push(request.workload.to_string());
+            assert!(self.flying.lock().unwrap().insert(names.clone()), "two flights for {names:?}");
+            let delay = *self.delay.lock().unwrap();
+            sleep(delay).await;
+            self.flying.lock().unwrap().remove(&names);
+            let failing = self.failing.lock().unwrap().clone();
+            match failing {
+                Some(error) => Err(error),
+                None => self.ca.sign(request).await,
+            }
+        })
+    }
+
+    fn bundle(&self) -> watch::Receiver<Arc<Bundle>> {
+        self.bundle.subscribe()
+    }
+}
+
+/// A hub that runs, and what it stands on.
+struct Bench {
+    hub: Hub,
+    signer: Arc<Scripted>,
+    policies: watch::Sender<Arc<PolicySet>>,
+    clock: Clock,
+    stop: CancellationToken,
+    running: JoinHandle<()>,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self::with_rates(1_000_000, 1_000_000)
+    }
+
+    fn with_rates(signer: u32, principal: u32) -> Self {
+        let clock = Clock::paused(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
+        let metrics = Metrics::new();
+        let ca = embedded::Embedded::ephemeral(embedded::DEFAULT_CA_LIFETIME, &clock, metrics.signer("embedded"));
+        let ca = ca.expect("an embedded CA");
+        let bundle = watch::Sender::new(ca.bundle().borrow().clone());
+        let signer_rate = rate(signer);
+        let signer = Arc::new(Scripted {
+            ca,
+            delay: Mutex::new(Duration::from_millis(10)),
+            failing: Mutex::default(),
+            calls: AtomicUsize::new(0),
+            flying: Mutex::default(),
+            bundle,
+        });
+        let policies = watch::Sender::new(policy(&["*.example.org"]));
+        let hub = Hub::new(Parts {
+            clock: clock.clone(),
+            policies: policies.subscribe(),
+            signers: vec![signer.clone()],
+            signer_rate,
+            principal_rate: rate(principal),
+            seed: 7,
+            metrics,
+        });
+        let stop = CancellationToken::new();
+        let running = tokio::spawn(hub.clone().run(stop.clone()));
+        Self { hub, signer, policies, clock, stop, running }
+    }
+
+    async fn subscribe(&self, uid: u32, name: &str) -> Result<Subscription, HubError> {
+        self.hub.subscribe(Arc::new(Workload::of_uid(uid)), ask(name), None).await
+    }
+
+    fn fail(&self, error: Option<SignError>) {
+        *self.signer.failing.lock().unwrap() = error;
+    }
+
+    fn calls(&self) -> usize {
+        self.signer.calls.load(Ordering::Relaxed)
+    }
+}
+
+fn rate(per_second: u32) -> Rate {
+    let per_second = NonZeroU32::new(per_second).unwrap();
+    Rate { per_second, burst: per_second }
+}
+
+fn unavailable() -> SignError {
+    SignError::CaNotValid
+}
+
+/// Lets every test's users have the names that match `dns`.
+fn policy(dns: &[&str]) -> Arc<PolicySet> {
+    let text = format!(
+        "apiVersion: csrd.dev/v1alpha1
+kind: CertificatePolicy
+metadata: {{name: test}}
+spec:
+  match: {{unix: {{uids: [1, 2, 3, 4]}}}}
+  allow: {{dnsNames: [{}], lifetime: {{default: 1h, max: 24h}}}}
+",
+        dns.iter().map(|name| format!("'{name}'")).collect::<Vec<_>>().join(", ")
+    );
+    Arc::new(PolicySet::parse(&[Source { origin: "test".into(), text }]).expect("the policy is valid"))
+}
+
+fn ask(name: &str) -> Ask {
+    Ask {
+        names: Names { dns: vec![DnsName::parse(name).unwrap()], ..Names::default() },
+        usages: Usages::DEFAULT,
+        key: KeyAlgorithm::EcdsaP256,
+        lifetime: None,
+        signer: None,
+        policy: None,
+    }
+}
+
+fn certificate(event: Event) -> Live {
+    match event {
+        Event::Certificate(_, live) => live,
+        other => panic!("a certificate was expected, not {other:?}"),
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn equal_requests_of_equal_workloads_share_one_flight_and_one_certificate() {
+    let bench = Bench::new();
+    let (a, b) = tokio::join!(bench.subscribe(1, "a.example.org"), bench.subscribe(1, "a.example.org"));
+    let (mut a, mut b) = (a.unwrap(), b.unwrap());
+    let serial = |live: &Live| live.credential.chain().serial_hex();
+    assert_eq!(serial(&certificate(a.next().await)), serial(&certificate(b.next().await)));
+    assert_eq!((bench.calls(), a.id()), (1, b.id()));
+    let other = bench.subscribe(2, "a.example.org").await.unwrap();
+    assert_ne!(other.id(), a.id(), "another user has another certificate");
+    assert_eq!(bench.calls(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_certificate_is_renewed_within_its_window_and_the_old_one_never_comes_back() {
+    let bench = Bench::new();
+    let began = bench.clock.now();
+    let mut subscription = bench.subscribe(1, "a.example.org").await.unwrap();
+    let first = certificate(subscription.next().await);
+    let second = certificate(subscription.next().await);
+    let renewed_after = bench.clock.now().duration_since(began).unwrap();
+    let (earliest, latest) = (HOUR.mul_f64(RENEW_WINDOW.0), HOUR.mul_f64(RENEW_WINDOW.1) + Duration::from_secs(1));
+    assert!((earliest..=latest).contains(&renewed_after), "{renewed_after:?}");
+    assert!(second.issued > first.issued && second.credential.not_after() > first.credential.not_after());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_renewal_keeps_the_certificate_says_so_and_is_tried_again_before_the_end() {
+    let bench = Bench::new();
+    let mut subscription = bench.subscribe(1, "a.example.org").await.unwrap();
+    let first = certificate(subscription.next().await);
+    bench.fail(Some(unavailable()));
+    let Event::Delayed(_, delay, live) = subscription.next().await else { panic!("a delay was expected") };
+    assert_eq!(live.credential.chain().serial_hex(), first.credential.chain().serial_hex());
+    assert_eq!(delay.reason, "CA_NOT_VALID");
+    assert!(delay.retry_at < live.credential.not_after(), "the retry comes before the end");
+    bench.fail(None);
+    let second = certificate(subscription.next().await);
+    assert!(bench.clock.now() < first.credential.not_after(), "renewed while the old one was valid");
+    assert!(second.delay.is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_signer_that_stays_away_costs_a_bounded_number_of_tries_and_the_expired_certificate_is_not_served() {
+    let bench = Bench::new();
+    let mut subscription = bench.subscribe(1, "a.example.org").await.unwrap();
+    let first = certificate(subscription.next().await);
+    bench.fail(Some(unavailable()));
+    while bench.clock.now() <= first.credential.not_after() {
+        let Event::Delayed(..) = subscription.next().await else { panic!("only delays were expected") };
+    }
+    assert!(bench.calls() < 40, "{} tries in the last half of an hour", bench.calls());
+    let refused = bench.subscribe(1, "a.example.org").await.expect_err("the only certificate has expired");
+    assert_eq!(refused.reason(), "CERTIFICATE_EXPIRED");
+    bench.fail(None);
+    assert!(certificate(subscription.next().await).credential.not_after() > bench.clock.now());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_first_issuance_that_fails_says_why_and_leaves_nothing_behind() {
+    let bench = Bench::new();
+    bench.fail(Some(unavailable()));
+    let error = bench.subscribe(1, "a.example.org").await.expect_err("the signer is away");
+    assert_eq!(error.reason(), "CA_NOT_VALID");
+    assert!(bench.hub.lock().entries.is_empty());
+    bench.fail(None);
+    bench.subscribe(1, "a.example.org").await.expect("the next try is a new one");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_signer_that_never_answers_is_given_up_after_the_flight_timeout() {
+    let bench = Bench::new();
+    *bench.signer.delay.lock().unwrap() = 2 * FLIGHT_TIMEOUT;
+    let began = bench.clock.now();
+    assert_eq!(bench.subscribe(1, "a.example.org").await.expect_err("no answer").reason(), "SIGNER_TIMEOUT");
+    assert_eq!(bench.clock.now().duration_since(began).unwrap(), FLIGHT_TIMEOUT);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_right_ends_the_subscription_with_its_reason_and_nothing_after_it() {
+    let bench = Bench::new();
+    let mut subscription = bench.subscribe(1, "a.example.org").await.unwrap();
+    certificate(subscription.next().await);
+    bench.policies.send_replace(policy(&["*.example.com"]));
+    let Event::Denied(_, denial) = subscription.next().await else { panic!("a denial was expected") };
+    assert!(denial.to_string().contains("a.example.org"), "{denial}");
+    assert!(bench.hub.lock().entries.is_empty(), "the key is gone with the right");
+    bench.policies.send_replace(policy(&["*.example.org"]));
+    sleep(HOUR).await;
+    assert!(!matches!(subscription.next().await, Event::Certificate(..)), "a denied subscription stays denied");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_right_that_was_lost_before_the_sweep_is_refused_to_a_newcomer() {
+    let bench = Bench::new();
+    let _kept = bench.subscribe(1, "a.example.org").await.unwrap();
+    bench.policies.send_replace(policy(&["*.example.com"]));
+    // No await in between: the sweep has not run.
+    let error = bench.subscribe(1, "a.example.org").await.expect_err("the policies in force say no");
+    assert!(matches!(error, HubError::Denied(_)), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_policy_change_that_leaves_the_right_leaves_the_certificate() {
+    let bench = Bench::new();
+    let mut subscription = bench.subscribe(1, "a.example.org").await.unwrap();
+    certificate(subscription.next().await);
+    bench.policies.send_replace(policy(&["a.example.org"]));
+    let quiet = timeout(Duration::from_secs(60), subscription.next()).await;
+    assert!(quiet.is_err(), "nothing to tell: {quiet:?}");
+    assert_eq!(bench.calls(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn new_roots_reach_every_follower_once() {
+    let bench = Bench::new();
+    let mut subscription = bench.subscribe(1, "a.example.org").await.unwrap();
+    certificate(subscription.next().await);
+    let other = embedded::Embedded::ephemeral(HOUR, &bench.clock, Metrics::new().signer("other")).unwrap();
+    let roots = other.bundle().borrow().clone();
+    bench.signer.bundle.send_replace(roots.clone());
+    let Event::Bundle(_, seen) = subscription.next().await else { panic!("new roots were expected") };
+    assert_eq!(seen, roots);
+    let quiet = timeout(Duration::from_secs(60), subscription.next()).await;
+    assert!(quiet.is_err(), "told once: {quiet:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_id_leads_back_to_its_own_workload_only_and_after_the_last_sequence() {
+    let bench = Bench::new();
+    let mut subscription = bench.subscribe(1, "a.example.org").await.unwrap();
+    let (id, first) = (subscription.id(), certificate(subscription.next().await));
+    drop(subscription);
+    let (owner, other) = (Workload::of_uid(1), Workload::of_uid(2));
+    assert!(bench.hub.resume(&other, &id, 0).await.unwrap().is_none(), "another's id is as unknown as none");
+    for unknown in ["", "0", "x", &format!("{id}0")] {
+        assert!(bench.hub.resume(&owner, unknown, 0).await.unwrap().is_none(), "{unknown:?}");
+    }
+    let mut resumed = bench.hub.resume(&owner, &id, first.issued).await.unwrap().expect("it is there");
+    assert!(timeout(Duration::from_secs(1), resumed.next()).await.is_err(), "nothing is told twice");
+    let mut from_the_future = bench.hub.resume(&owner, &id, u64::MAX).await.unwrap().expect("it is there");
+    assert_eq!(certificate(from_the_future.next().await).issued, first.issued);
+    assert!(certificate(resumed.next().await).issued > first.issued, "and nothing is missed");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_entry_that_nobody_follows_is_forgotten_after_it_has_lingered() {
+    let bench = Bench::new();
+    let subscription = bench.subscribe(1, "a.example.org").await.unwrap();
+    let id = subscription.id();
+    drop(subscription);
+    sleep(LINGER - Duration::from_secs(1)).await;
+    let back = bench.hub.resume(&Workload::of_uid(1), &id, 0).await.unwrap();
+    drop(back.expect("it lingers"));
+    sleep(LINGER - Duration::from_secs(1)).await;
+    assert_eq!(bench.hub.lock().entries.len(), 1, "coming back began the time anew");
+    sleep(Duration::from_secs(2)).await;
+    assert!(bench.hub.lock().entries.is_empty());
+    assert!(bench.hub.lock().is_clean(), "no index remembers it");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_longest_idle_entry_makes_room_for_a_new_one() {
+    let bench = Bench::new();
+    let mut ids = Vec::new();
+    for n in 0..=MAX_IDLE_PER_PRINCIPAL {
+        ids.push(bench.subscribe(1, &format!("n{n}.example.org")).await.unwrap().id());
+    }
+    let workload = Workload::of_uid(1);
+    bench.subscribe(1, "one-past.example.org").await.unwrap();
+    assert!(bench.hub.resume(&workload, &ids[0], 0).await.unwrap().is_none(), "the first to be idle is gone");
+    assert!(bench.hub.resume(&workload, &ids[2], 0).await.unwrap().is_some(), "the others are not");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_principal_may_hold_so_many_entries_and_not_one_more() {
+    let bench = Bench::new();
+    *bench.signer.delay.lock().unwrap() = Duration::ZERO;
+    let mut held = Vec::new();
+    for n in 0..MAX_ENTRIES_PER_PRINCIPAL {
+        held.push(bench.subscribe(1, &format!("n{n}.example.org")).await.unwrap());
+    }
+    let error = bench.subscribe(1, "one-past.example.org").await.expect_err("one past the bound");
+    assert_eq!(error.reason(), "TOO_MANY_CREDENTIALS");
+    bench.subscribe(2, "a.example.org").await.expect("another principal has its own bound");
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_principal_that_asks_too_fast_is_told_when_to_come_back_and_delays_nobody() {
+    let bench = Bench::with_rates(1_000_000, 2);
+    for name in ["a.example.org", "b.example.org"] {
+        drop(bench.subscribe(1, name).await.unwrap());
+    }
+    let refused = bench.subscribe(1, "c.example.org").await.expect_err("one past the burst");
+    let HubError::RateLimited { retry_after } = refused else { panic!("{refused}") };
+    assert!(retry_after <= Duration::from_millis(500), "{retry_after:?}");
+    bench.subscribe(2, "a.example.org").await.expect("another principal is not delayed");
+    drop(bench.subscribe(1, "a.example.org").await.expect("what is at hand costs no token"));
+    sleep(retry_after).await;
+    bench.subscribe(1, "c.example.org").await.expect("as told");
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_a_clock_jump_renewals_pass_through_the_bucket_and_whoever_asks_goes_first() {
+    const CREDENTIALS: usize = 60;
+    let bench = Bench::with_rates(10, 1_000_000);
+    let mut followed = Vec::new();
+    for n in 0..CREDENTIALS {
+        followed.push(bench.subscribe(1, &format!("n{n}.example.org")).await.unwrap());
+    }
+    let before = bench.calls();
+    // Everything is due at once, as after a suspend.
+    let due = bench.clock.now() + HOUR.mul_f64(0.76);
+    bench.hub.lock().fire(due);
+    bench.hub.0.wake.notify_one();
+    sleep(Duration::from_secs(1)).await;
+    let in_a_second = bench.calls() - before;
+    assert!((10..=21).contains(&in_a_second), "{in_a_second} renewals in the first second of 10/s with burst 10");
+    let began = bench.clock.now();
+    bench.subscribe(2, "asked.example.org").await.unwrap();
+    assert!(
+        bench.clock.now().duration_since(began).unwrap() < Duration::from_millis(250),
+        "the one who waits goes first"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_held_key_is_certified_again_unless_its_holder_wants_to_rotate_it() {
+    let bench = Bench::new();
+    let key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();
+    let parameters = rcgen::CertificateParams::new(vec!["a.example.org".to_owned()]).unwrap();
+    let csr = parameters.serialize_request(&key).unwrap();
+    let csr = Arc::new(Csr::parse(csr.der()).unwrap());
+    let workload = Arc::new(Workload::of_uid(1));
+    let held = |rotate_key| Some(Held { csr: csr.clone(), rotate_key });
+    let mut again = bench.hub.subscribe(workload.clone(), ask("a.example.org"), held(false)).await.unwrap();
+    let first = certificate(again.next().await);
+    assert!(first.credential.private_key().is_none());
+    certificate(again.next().await);
+    drop(again);
+    let mut rotating = bench.hub.subscribe(workload, ask("a.example.org"), held(true)).await.unwrap();
+    let first = certificate(rotating.next().await);
+    let Event::RotationDue(_, live) = rotating.next().await else { panic!("a rotation was expected") };
+    assert_eq!(live.credential.chain().serial_hex(), first.credential.chain().serial_hex());
+    assert!(timeout(HOUR, rotating.next()).await.is_err(), "told once, and never certified again");
+}
+
+#[tokio::test(start_paused = true)]
+async fn at_the_stop_flights_under_way_land_and_those_that_wait_do_not_begin() {
+    let bench = Bench::with_rates(1, 1_000_000);
+    *bench.signer.delay.lock().unwrap() = Duration::from_secs(2);
+    let first = bench.subscribe(1, "a.example.org");
+    let second = bench.subscribe(1, "b.example.org");
+    let stop = async {
+        sleep(Duration::from_millis(500)).await;
+        bench.stop.cancel();
+    };
+    let (first, second, ()) = tokio::join!(first, timeout(STOP_GRACE, second), stop);
+    first.expect("it was under way");
+    assert!(second.is_err(), "it waited for a token");
+    assert!(bench.running.is_finished());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_flight_fails_its_own_caller_only() {
+    #[derive(Debug)]
+    struct Panics(watch::Sender<Arc<Bundle>>);
+    impl Sign for Panics {
+        fn name(&self) -> &str {
+            embedded::NAME
+        }
+        fn sign<'a>(&'a self, _: SigningRequest<'a>) -> Signing<'a> {
+            Box::pin(async { panic!("on purpose") })
+        }
+        fn bundle(&self) -> watch::Receiver<Arc<Bundle>> {
+            self.0.subscribe()
+        }
+    }
+    let bench = Bench::new();
+    let bundle = bench.signer.bundle.borrow().clone();
+    let hub = Hub::new(Parts {
+        clock: bench.clock.clone(),
+        policies: bench.policies.subscribe(),
+        signers: vec![Arc::new(Panics(watch::Sender::new(bundle)))],
+        signer_rate: rate(100),
+        principal_rate: rate(100),
+        seed: 1,
+        metrics: Metrics::new(),
+    });
+    let running = tokio::spawn(hub.clone().run(bench.stop.clone()));
+    let error = hub.subscribe(Arc::new(Workload::of_uid(1)), ask("a.example.org"), None).await.expect_err("lost");
+    assert_eq!(error.reason(), "ISSUANCE_LOST");
+    assert!(!running.is_finished(), "the hub goes on");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_policy_that_names_an_unknown_signer_is_said_to() {
+    let bench = Bench::new();
+    let mut text = String::from("apiVersion: csrd.dev/v1alpha1\nkind: CertificatePolicy\nmetadata: {name: far}\n");
+    text += "spec: {match: {unix: {uids: [1]}}, signer: example.com/far, allow: {dnsNames: ['*.example.org']}}\n";
+    let set = PolicySet::parse(&[Source { origin: "test".into(), text }]).unwrap();
+    bench.policies.send_replace(Arc::new(set));
+    let error = bench.subscribe(1, "a.example.org").await.expect_err("no such signer");
+    assert_eq!(error.to_string(), "policy far names signer \"example.com/far\"; this agent has: embedded");
+}
+
+/// Followers come and go while the signer fails, policies change and hours pass. Whatever happens: at most one flight a
+/// certificate (the signer asserts it), sequences grow, no certificate ends before one that was shown earlier, nothing
+/// follows a denial, and no certificate is shown that the policies in force refuse.
+#[tokio::test(start_paused = true)]
+async fn whatever_happens_no_follower_sees_an_older_certificate_or_anything_after_a_denial() {
+    const SEEDS: u64 = 12;
+    const STEPS: usize = 150;
+    for seed in 0..SEEDS {
+        let bench = Bench::with_rates(50, 1_000_000);
+        let mut rng = StdRng::seed_from_u64(seed);
+        let mut followers: HashMap<usize, Follower> = HashMap::new();
+        for step in 0..STEPS {
+            match rng.random_range(0..10) {
+                0..4 => {
+                    let (uid, name) = (rng.random_range(1..4), format!("n{}.example.org", rng.random_range(0..4)));
+                    if let Ok(subscription) = bench.subscribe(uid, &name).await {
+                        followers.insert(step, Follower::new(subscription));
+                    }
+                }
+                4 => drop(followers.keys().next().copied().and_then(|key| followers.remove(&key))),
+                5 => bench.fail(rng.random_bool(0.5).then(unavailable)),
+                6 if rng.random_bool(0.3) => {
+                    let names = if rng.random_bool(0.3) { "n0.example.org" } else { "*.example.org" };
+                    bench.policies.send_replace(policy(&[names]));
+                }
+                _ => sleep(Duration::from_secs(rng.random_range(1..1800))).await,
+            }
+            for follower in followers.values_mut() {
+                follower.drain(seed).await;
+            }
+        }
+        drop(followers);
+        bench.fail(None);
+        sleep(LINGER + FLIGHT_TIMEOUT).await;
+        assert!(bench.hub.lock().is_clean(), "seed {seed}: everything is forgotten in the end");
+        bench.stop.cancel();
+    }
+}
+
+struct Follower {
+    subscription: Subscription,
+    sequence: u64,
+    not_after: SystemTime,
+    over: bool,
+}
+
+impl Follower {
+    fn new(subscription: Subscription) -> Self {
+        Self { subscription, sequence: 0, not_after: SystemTime::UNIX_EPOCH, over: false }
+    }
+
+    async fn drain(&mut self, seed: u64) {
+        while let Ok(event) = timeout(Duration::ZERO, self.subscription.next()).await {
+            if self.over {
+                assert!(matches!(event, Event::Denied(..) | Event::Ended(_)), "seed {seed}: {event:?} after the end");
+                return;
+            }
+            if let Some(sequence) = event.sequence() {
+                assert!(sequence > self.sequence, "seed {seed}: {event:?} after {}", self.sequence);
+                self.sequence = sequence;
+            }
+            match event {
+                Event::Certificate(_, live) => {
+                    assert!(live.credential.not_after() >= self.not_after, "seed {seed}: an older certificate");
+                    self.not_after = live.credential.not_after();
+                }
+                Event::Denied(..) | Event::Ended(_) => self.over = true,
+                _ => {}
+            }
+        }
+    }
+}

@@ -283,3 +283,246 @@ fn watcher(paths: &[PathBuf], tell: &mpsc::Sender<()>) -> Option<RecommendedWatc
     }
     Some(watcher)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    use tempfile::TempDir;
+
+    use super::*;
+
+    /// A change that is not seen within this time will never be; far more than any change takes.
+    const NEVER: Duration = Duration::from_secs(120);
+
+    fn policy(name: &str) -> String {
+        format!(
+            "apiVersion: csrd.dev/v1alpha1\nkind: CertificatePolicy\nmetadata: {{name: {name}}}\n\
+             spec: {{match: {{unix: {{uids: [1]}}}}}}\n"
+        )
+    }
+
+    fn folder(files: &[(&str, &str)]) -> TempDir {
+        let folder = TempDir::new().unwrap();
+        for (name, text) in files {
+            fs::write(folder.path().join(name), text).unwrap();
+        }
+        folder
+    }
+
+    fn load(paths: &[&Path]) -> Result<PolicyFiles, LoadError> {
+        PolicyFiles::load(paths.iter().map(|path| path.to_path_buf()).collect(), Metrics::new())
+    }
+
+    fn refused(path: &Path, message: &str) {
+        let LoadError(problems) = load(&[path]).unwrap_err();
+        assert!(problems.iter().any(|problem| problem.message.contains(message)), "{problems:#?}");
+    }
+
+    #[test]
+    fn a_folder_is_its_visible_yaml_files_in_order_of_name() {
+        let folder =
+            folder(&[("b.yaml", "b"), ("a.yml", "a"), (".hidden.yaml", "no"), ("c.txt", "no"), ("yaml", "no")]);
+        fs::create_dir(folder.path().join("sub")).unwrap();
+        fs::write(folder.path().join("sub/d.yaml"), "no").unwrap();
+        let sources = read(&[folder.path().to_owned()]).unwrap();
+        let texts: Vec<_> = sources.iter().map(|source| source.text.as_str()).collect();
+        assert_eq!(texts, ["a", "b"]);
+        assert!(sources[0].origin.ends_with("/a.yml"));
+    }
+
+    #[test]
+    fn files_and_folders_make_one_set() {
+        let folder = folder(&[("a.yaml", &(policy("a") + "---\n" + &policy("b")))]);
+        let file = folder.path().join("c.policy");
+        fs::write(&file, policy("c")).unwrap();
+        assert_eq!(load(&[folder.path(), &file]).unwrap().subscribe().borrow().len(), 3);
+        let error = load(&[&file, &file]).unwrap_err().to_string();
+        let path = file.display();
+        assert_eq!(
+            error,
+            format!(
+                "1 problem in the policy files\n  {path}:3: metadata.name: \"c\" is also the name of a policy in {path}"
+            )
+        );
+    }
+
+    #[test]
+    fn an_empty_folder_is_a_set_that_denies_everything() {
+        assert!(load(&[folder(&[]).path()]).unwrap().subscribe().borrow().is_empty());
+    }
+
+    #[test]
+    fn what_is_no_readable_text_file_is_a_problem() {
+        let folder = folder(&[("latin.yaml", "")]);
+        refused(&folder.path().join("absent.yaml"), "it cannot be read: No such file");
+        fs::write(folder.path().join("latin.yaml"), b"# \xff").unwrap();
+        refused(&folder.path().join("latin.yaml"), "it is not UTF-8 after byte 2");
+        mknodat(CWD, folder.path().join("pipe.yaml"), FileType::Fifo, Mode::RUSR, 0).unwrap();
+        refused(folder.path(), "it is no regular file");
+        fs::create_dir(folder.path().join("folder.yaml")).unwrap();
+        refused(folder.path(), "it is no regular file");
+        refused(Path::new("/dev/zero"), "it is no regular file");
+    }
+
+    #[test]
+    fn files_have_bounds_in_bytes_and_number() {
+        let folder = folder(&[]);
+        let write =
+            |name: usize, bytes: usize| fs::write(folder.path().join(format!("{name}.yaml")), "#".repeat(bytes));
+        for name in 0..4 {
+            write(name, MAX_SOURCE_BYTES).unwrap();
+        }
+        assert!(load(&[folder.path()]).is_ok());
+        write(4, 1).unwrap();
+        refused(folder.path(), "it has more than 0 bytes; a file may have 1048576, all of a set 4194304");
+        write(0, MAX_SOURCE_BYTES + 1).unwrap();
+        refused(folder.path(), "it has more than 1048576 bytes");
+        for name in 0..MAX_FILES {
+            write(name, 0).unwrap();
+        }
+        assert!(load(&[folder.path()]).is_ok());
+        let one_more = folder.path().join("one-more");
+        fs::write(&one_more, "").unwrap();
+        let LoadError(problems) = load(&[folder.path(), &one_more]).unwrap_err();
+        assert_eq!(problems[0].message, "257 policy files in the set, at most 256 are allowed");
+        write(MAX_FILES, 0).unwrap();
+        refused(folder.path(), "it has more than 256 policy files");
+    }
+
+    /// Runs `test` beside the watch of `path`.
+    async fn following(
+        path: &Path,
+        test: impl AsyncFnOnce(watch::Receiver<Arc<PolicySet>>, watch::Receiver<Vec<Problem>>),
+    ) {
+        let files = load(&[path]).unwrap();
+        let (mut policies, problems) = (files.subscribe(), files.problems());
+        policies.mark_unchanged();
+        let stop = CancellationToken::new();
+        let test = async {
+            tokio::time::timeout(NEVER, test(policies, problems)).await.expect("the change is seen");
+            stop.cancel();
+        };
+        tokio::join!(files.run(stop.clone()), test);
+    }
+
+    async fn until_len(policies: &mut watch::Receiver<Arc<PolicySet>>, len: usize) {
+        policies.wait_for(|set| set.len() == len).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_file_written_in_place_or_renamed_over_is_seen() {
+        let folder = folder(&[("a.yaml", &policy("a"))]);
+        let path = folder.path().join("a.yaml");
+        following(&path, async |mut policies, _| {
+            fs::write(&path, policy("a") + "---\n" + &policy("b")).unwrap();
+            until_len(&mut policies, 2).await;
+            let new = folder.path().join("new");
+            fs::write(&new, "# nothing").unwrap();
+            fs::rename(&new, &path).unwrap();
+            until_len(&mut policies, 0).await;
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn files_that_come_and_go_in_a_folder_are_seen() {
+        let folder = folder(&[]);
+        following(folder.path(), async |mut policies, _| {
+            fs::write(folder.path().join("a.yaml"), policy("a")).unwrap();
+            until_len(&mut policies, 1).await;
+            fs::remove_file(folder.path().join("a.yaml")).unwrap();
+            until_len(&mut policies, 0).await;
+        })
+        .await;
+    }
+
+    /// The layout of a ConfigMap volume: `a.yaml -> ..data/a.yaml`, `..data -> ..1`.
+    #[tokio::test]
+    async fn a_folder_swapped_behind_a_link_is_seen() {
+        let folder = folder(&[]);
+        let at = |name: &str| folder.path().join(name);
+        for (version, text) in [("..1", policy("a")), ("..2", policy("a") + "---\n" + &policy("b"))] {
+            fs::create_dir(at(version)).unwrap();
+            fs::write(at(version).join("a.yaml"), text).unwrap();
+        }
+        symlink("..1", at("..data")).unwrap();
+        symlink("..data/a.yaml", at("a.yaml")).unwrap();
+        for path in [folder.path(), &at("a.yaml")] {
+            following(path, async |mut policies, _| {
+                for (version, len) in [("..2", 2), ("..1", 1)] {
+                    symlink(version, at("..data_tmp")).unwrap();
+                    fs::rename(at("..data_tmp"), at("..data")).unwrap();
+                    until_len(&mut policies, len).await;
+                }
+            })
+            .await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_folder_that_is_replaced_is_followed() {
+        let folder = folder(&[]);
+        let path = folder.path().join("policies");
+        fs::create_dir(&path).unwrap();
+        following(&path, async |mut policies, _| {
+            fs::create_dir(folder.path().join("new")).unwrap();
+            fs::write(folder.path().join("new/a.yaml"), policy("a")).unwrap();
+            fs::rename(&path, folder.path().join("old")).unwrap();
+            fs::rename(folder.path().join("new"), &path).unwrap();
+            until_len(&mut policies, 1).await;
+            fs::write(path.join("b.yaml"), policy("b")).unwrap();
+            until_len(&mut policies, 2).await;
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn the_last_good_set_stays_until_every_problem_is_gone() {
+        let folder = folder(&[("a.yaml", &policy("a"))]);
+        following(folder.path(), async |mut policies, mut problems| {
+            fs::write(folder.path().join("b.yaml"), "oops: true").unwrap();
+            let seen = problems.wait_for(|problems| !problems.is_empty()).await.unwrap().clone();
+            assert!(seen[0].to_string().contains("b.yaml:1: oops: unknown field"), "{seen:?}");
+            fs::remove_file(folder.path().join("a.yaml")).unwrap();
+            fs::write(folder.path().join("c.yaml"), policy("c")).unwrap();
+            problems.changed().await.unwrap();
+            assert!(!policies.has_changed().unwrap());
+            assert_eq!(policies.borrow().len(), 1);
+            fs::write(folder.path().join("b.yaml"), policy("b")).unwrap();
+            until_len(&mut policies, 2).await;
+            assert!(problems.borrow().is_empty());
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn files_that_say_the_same_publish_nothing() {
+        let folder = folder(&[("a.yaml", &policy("a"))]);
+        let mut files = load(&[folder.path()]).unwrap();
+        let policies = files.subscribe();
+        fs::write(folder.path().join("a.yaml"), policy("a")).unwrap();
+        assert!(!files.look().await);
+        fs::write(folder.path().join("a.yaml"), policy("b")).unwrap();
+        assert!(files.look().await);
+        assert!(policies.has_changed().unwrap());
+        assert!(files.metrics.encode().contains("csrd_policy_generation 2"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_change_that_inotify_does_not_tell_is_found_by_polling() {
+        let folder = folder(&[("real.policy", &policy("a"))]);
+        let other = self::folder(&[]);
+        // The link's own folder never changes.
+        let link = other.path().join("a.yaml");
+        symlink(folder.path().join("real.policy"), &link).unwrap();
+        following(&link, async |mut policies, _| {
+            // Time is paused and moves when everybody waits, so this is after the first look.
+            sleep(Duration::from_secs(1)).await;
+            fs::write(folder.path().join("real.policy"), policy("a") + "---\n" + &policy("b")).unwrap();
+            until_len(&mut policies, 2).await;
+        })
+        .await;
+    }
+}

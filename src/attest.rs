@@ -5,9 +5,9 @@
 //! that has exited or changed its user is refused, and one that has become another program is what it is now, never
 //! what it was.
 //!
-//! Facts are proven or absent; one that cannot be proven (an executable at a path of a private mount, a cgroup seen from
-//! a container) is absent, and matches no rule. Deliberately not a fact: anything the process can write about itself,
-//! such as its name, its command line or its environment.
+//! Facts are proven or absent; one that cannot be proven (an executable at a path of a private mount, a cgroup seen
+//! from a container) is absent, and matches no rule. Deliberately not a fact: anything the process can write about
+//! itself, such as its name, its command line or its environment.
 
 use std::{
     io,

@@ -34,7 +34,8 @@ const EXAMINE_TIMEOUT: Duration = Duration::from_secs(5);
 const CHUNK_BYTES: usize = 128 << 10;
 /// Hashes remembered; when there are more, all are forgotten.
 const REMEMBERED_MAX: usize = 1024;
-/// A file changed less than this long ago could change again without its times showing it, so its hash is not remembered.
+/// A file changed less than this long ago could change again without its times showing it, so its hash is not
+/// remembered.
 const SETTLED_AFTER: Duration = Duration::from_secs(2);
 /// `FUSE_SUPER_MAGIC` of `linux/magic.h`.
 const FUSE: i64 = 0x6573_5546;
@@ -94,8 +95,8 @@ impl Executables {
         Ok(proven.then_some(path))
     }
 
-    /// The SHA-256 of the executable `file` of a process of user `uid`, in hexadecimal; `None` if it may not be read, is
-    /// larger than 512 MiB, is served by a user's own file system, or is not what the process runs any more.
+    /// The SHA-256 of the executable `file` of a process of user `uid`, in hexadecimal; `None` if it may not be read,
+    /// is larger than 512 MiB, is served by a user's own file system, or is not what the process runs any more.
     ///
     /// # Errors
     /// It could not be read, or not in time.

@@ -1,5 +1,6 @@
 //! The one integration test binary, so that everything links once.
 
+mod attest;
 mod authority;
 mod client;
 mod fake_agent;

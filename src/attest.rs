@@ -1,12 +1,13 @@
 //! Who is calling: from a connected socket to a [`Workload`].
 //!
-//! [`PeerStream`] holds a connection to one process and lets through only bytes that this process wrote; [`Peer`] is that
-//! process. [`Attestor::attest`] reads what the kernel says about it. It is called for every request: a process that has
-//! exited or changed its user is refused, and one that has become another program is what it is now, never what it was.
+//! [`PeerStream`] holds a connection to one process and lets through only bytes that this process wrote; [`Peer`] is
+//! that process. [`Attestor::attest`] reads what the kernel says about it. It is called for every request: a process
+//! that has exited or changed its user is refused, and one that has become another program is what it is now, never
+//! what it was.
 //!
-//! Facts are proven or absent; one that cannot be proven (an executable at a path of a private mount, a cgroup seen from a
-//! container) is absent, and matches no rule. Deliberately not a fact: anything the process can write about itself, such as
-//! its name, its command line or its environment.
+//! Facts are proven or absent; one that cannot be proven (an executable at a path of a private mount, a cgroup seen
+//! from a container) is absent, and matches no rule. Deliberately not a fact: anything the process can write about
+//! itself, such as its name, its command line or its environment.
 
 use std::{
     io,
@@ -41,8 +42,9 @@ mod proc;
 mod stream;
 mod workload;
 
-/// How long facts are used without being read again. What a request's own check sees (exit, exec, user and group, from
-/// Linux 6.13 the cgroup) is never older than the request; this bounds the age of the rest: supplementary groups, names.
+/// How long facts are used without being read again. What a request's own check sees (exit, exec, user and group, and
+/// from Linux 6.13 the cgroup) is never older than the request; this bounds the age of the rest, such as names and
+/// supplementary groups.
 const FACTS_FRESH_FOR: Duration = Duration::from_secs(1);
 /// Readings of a process that changes under them before it is refused.
 const READ_ATTEMPTS: usize = 5;

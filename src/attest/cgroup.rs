@@ -37,8 +37,8 @@ pub(super) fn path(text: &str) -> Result<Option<&str>, AttestError> {
 /// The system unit of a cgroup path written from the host's root: the first part below the slices
 /// (systemd's `cg_path_get_unit`).
 ///
-/// What lies below a unit is at the mercy of whoever it was delegated to, so it names nothing: a user's own `web.service`
-/// lies below `user@1000.service` and is that unit.
+/// What lies below a unit is at the mercy of whoever it was delegated to, so it names nothing: a user's own
+/// `web.service` lies below `user@1000.service` and is that unit.
 pub(super) fn unit(path: &str) -> Option<&str> {
     let part = path.split('/').skip(1).map(unescape).find(|part| !is_slice(part))?;
     is_unit(part, &UNIT_TYPES).then_some(part)

@@ -1,8 +1,8 @@
 //! What a process runs: a path that is proven, and the SHA-256 of the file.
 //!
-//! The path that `/proc/PID/exe` gives is seen from the root of the process's own mounts, where any user may put any file
-//! at any path (user_namespaces(7)). It is a fact only if the same path, on our own mounts, is the same file. It says which
-//! program runs, not who runs it or with which libraries: a policy should name a user or a unit beside it.
+//! The path that `/proc/PID/exe` gives is seen from the root of the process's own mounts, where any user may put any
+//! file at any path (user_namespaces(7)). It is a fact only if the same path, on our own mounts, is the same file. It
+//! says which program runs, not who runs it or with which libraries: a policy should name a user or a unit beside it.
 
 use std::{
     collections::HashMap,
@@ -34,8 +34,11 @@ const EXAMINE_TIMEOUT: Duration = Duration::from_secs(5);
 const CHUNK_BYTES: usize = 128 << 10;
 /// Hashes remembered; when there are more, all are forgotten.
 const REMEMBERED_MAX: usize = 1024;
-/// A file changed less than this long ago could change again without its times showing it, so its hash is not remembered.
+/// A file changed less than this long ago could change again without its times showing it, so its hash is not
+/// remembered.
 const SETTLED_AFTER: Duration = Duration::from_secs(2);
+/// `FUSE_SUPER_MAGIC` of `linux/magic.h`.
+const FUSE: i64 = 0x6573_5546;
 /// What the kernel appends to the path of a file that has no name any more.
 const DELETED: &[u8] = b" (deleted)";
 
@@ -92,8 +95,8 @@ impl Executables {
         Ok(proven.then_some(path))
     }
 
-    /// The SHA-256 of the executable `file` of a process of user `uid`, in hexadecimal; `None` if it may not be read, is
-    /// larger than 512 MiB, or is not what the process runs any more.
+    /// The SHA-256 of the executable `file` of a process of user `uid`, in hexadecimal; `None` if it may not be read,
+    /// is larger than 512 MiB, is served by a user's own file system, or is not what the process runs any more.
     ///
     /// # Errors
     /// It could not be read, or not in time.
@@ -178,6 +181,11 @@ fn names_file(path: &str, file: FileId, resolve: ResolveFlags) -> Result<bool, E
     }
 }
 
+/// Whether whoever runs the file system may give one reader other contents than the next, at the same times and size.
+fn is_served_by_a_user(file_system: i64) -> bool {
+    file_system == FUSE
+}
+
 /// SHA-256 of what a process runs, if that is `file` before and after it is read.
 fn hash(handle: &ProcHandle, file: FileId) -> io::Result<Option<String>> {
     let mut opened = match handle.open_executable() {
@@ -185,7 +193,7 @@ fn hash(handle: &ProcHandle, file: FileId) -> io::Result<Option<String>> {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Ok(None),
         Err(error) => return Err(error),
     };
-    if FileId::of(&opened)? != file {
+    if FileId::of(&opened)? != file || is_served_by_a_user(rustix::fs::fstatfs(&opened)?.f_type as i64) {
         return Ok(None);
     }
     let mut context = digest::Context::new(&digest::SHA256);
@@ -272,6 +280,13 @@ mod tests {
         let executables = Executables::new(Clock::system());
         let other = FileId { inode: file.inode + 1, ..file };
         assert_eq!(executables.sha256(&handle, other, 7).await.unwrap(), None);
+    }
+
+    #[test]
+    fn a_file_system_that_a_user_serves_gives_no_hash() {
+        assert!(is_served_by_a_user(FUSE));
+        let here = rustix::fs::statfs("/proc").unwrap().f_type as i64;
+        assert!(!is_served_by_a_user(here));
     }
 
     #[tokio::test]

@@ -1,7 +1,8 @@
 //! The calls that have no safe wrapper, and what this kernel can do.
 //!
-//! All `unsafe` of attestation is here, one call a function. rustix reads the credentials of a message into a type whose
-//! process id cannot be zero, but a sender in another pid namespace is numbered zero, so they are read here instead.
+//! All `unsafe` of attestation is here, one call a function. rustix reads the credentials of a message into a type
+//! whose process id cannot be zero, but a sender in another pid namespace is numbered zero, so they are read here
+//! instead.
 
 use std::{
     fmt, io,

@@ -1,7 +1,8 @@
 //! Names of user and group ids, from `/etc/passwd` and `/etc/group`.
 //!
-//! The files are read again when they change. Name services beyond these files are deliberately not asked: the binary is
-//! static, and a directory that does not answer must not delay a certificate. An id that the files do not name has none.
+//! The files are read again when they change. Name services beyond these files are deliberately not asked: the binary
+//! is static, and a directory that does not answer must not delay a certificate. An id that the files do not name has
+//! none.
 
 use std::{
     collections::HashMap,

@@ -1,8 +1,9 @@
 //! The process at the other end of a socket, held so that it cannot be confused with another.
 //!
-//! A process id is a number that is used again. A [`Peer`] holds a pidfd and a handle to `/proc/PID` instead, taken while
-//! that process was known to be alive; both belong to the process and never to a later one. What the process *is* may
-//! change under the same handles (it may exec, or change its user): [`Peer::observe`] is the cheap question whether it has.
+//! A process id is a number that is used again. A [`Peer`] holds a pidfd and a handle to `/proc/PID` instead, taken
+//! while that process was known to be alive; both belong to the process and never to a later one. What the process *is*
+//! may change under the same handles (it may exec, or change its user): [`Peer::observe`] is the cheap question whether
+//! it has.
 
 use std::{
     fmt, io,
@@ -54,8 +55,8 @@ pub(super) struct Observation {
 }
 
 impl Peer {
-    /// Takes hold of the process that connected `stream`, and makes the kernel name the writer of all that is read from it.
-    /// Call it as soon as the connection is accepted, on a tokio runtime.
+    /// Takes hold of the process that connected `stream`, and makes the kernel name the writer of all that is read from
+    /// it. Call it as soon as the connection is accepted, on a tokio runtime.
     ///
     /// # Errors
     /// The process has exited, or cannot be seen from here: see [`AttestError`].
@@ -77,11 +78,12 @@ impl Peer {
         }
     }
 
-    /// Opens by `number` what belongs to the process of `pidfd`, which must have started by `latest` (ticks since boot).
+    /// Opens by `number` what belongs to the process of `pidfd`, which must have started by `latest` (ticks since
+    /// boot).
     ///
-    /// Where the kernel has no `SO_PEERPIDFD`, a connection tells its peer's number only, and `pidfd` is of whoever had that
-    /// number when it was accepted. Such a process started too late to have connected, unless it took the number over
-    /// between connecting and accepting; it is then still of the user and group that connected.
+    /// Where the kernel has no `SO_PEERPIDFD`, a connection tells its peer's number only, and `pidfd` is of whoever had
+    /// that number when it was accepted. Such a process started too late to have connected, unless it took the number
+    /// over between connecting and accepting; it is then still of the user and group that connected.
     fn hold(
         number: Pid,
         connected: Ids,

@@ -1,7 +1,7 @@
 //! Reading `/proc/PID` through one handle, so that every read is of the same process.
 //!
-//! The handle belongs to the process, not to its number: once the process is gone, reads through it fail, whoever has the
-//! number by then. Every read is bounded.
+//! The handle belongs to the process, not to its number: once the process is gone, reads through it fail, whoever has
+//! the number by then. Every read is bounded.
 
 use std::{
     fs::File,
@@ -50,7 +50,8 @@ impl ProcHandle {
         Ok(Self(self.0.try_clone()?))
     }
 
-    /// Effective user and group id, which the kernel shows as the folder's owner (`task_dump_owner` in `fs/proc/base.c`).
+    /// Effective user and group id, which the kernel shows as the folder's owner (`task_dump_owner` in
+    /// `fs/proc/base.c`).
     ///
     /// A process that has exited shows as root: check afterwards that it lives.
     pub(super) fn owner(&self) -> io::Result<(u32, u32)> {

@@ -49,8 +49,8 @@ async fn a_peer_is_the_process_that_connected() {
         let unix = workload.unix();
         assert_eq!(unix.uid, rustix::process::geteuid().as_raw());
         assert_eq!(unix.gid, rustix::process::getegid().as_raw());
-        assert_eq!(unix.user.as_deref().unwrap_or_default(), output(Command::new("id").arg("-un")));
-        assert_eq!(unix.group.as_deref().unwrap_or_default(), output(Command::new("id").arg("-gn")));
+        assert_eq!(unix.user.clone().unwrap_or(unix.uid.to_string()), output(Command::new("id").arg("-un")));
+        assert_eq!(unix.group.clone().unwrap_or(unix.gid.to_string()), output(Command::new("id").arg("-gn")));
         if rustix::process::geteuid().is_root() {
             assert_eq!(unix.supplementary_gids, [5, 7]);
         }

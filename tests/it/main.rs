@@ -7,6 +7,7 @@ mod authority;
 mod client;
 mod fake_agent;
 mod help;
+mod hostile_h2;
 mod issue;
 mod raw_h2;
 mod telemetry;

@@ -152,9 +152,9 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> RawClient<IO> {
         Self { io }
     }
 
-    /// Sends bytes; that the server has hung up is for the reader to find.
-    pub(crate) async fn send(&mut self, bytes: &[u8]) {
-        drop(self.io.write_all(bytes).await);
+    /// Sends bytes; `false` once the server has hung up.
+    pub(crate) async fn send(&mut self, bytes: &[u8]) -> bool {
+        self.io.write_all(bytes).await.is_ok()
     }
 
     pub(crate) async fn frame(&mut self) -> Option<Frame> {
@@ -173,7 +173,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> RawClient<IO> {
                 HEADERS if frame.stream == stream => return Outcome::Answered,
                 RST_STREAM if frame.stream == stream => return Outcome::Reset(code(&frame.payload)),
                 GOAWAY => return Outcome::GoneAway(code(&frame.payload[4..])),
-                SETTINGS if frame.flags & ACK == 0 => self.send(&self::frame(SETTINGS, ACK, 0, &[])).await,
+                SETTINGS if frame.flags & ACK == 0 => drop(self.send(&self::frame(SETTINGS, ACK, 0, &[])).await),
                 _ => {}
             }
         }

@@ -12,13 +12,14 @@ use http::{HeaderValue, uri::Authority};
 use tokio::io::ReadBuf;
 
 use super::hpack::{self, Decoder};
+use crate::server::MAX_HEADER_BYTES;
 
 /// Most bytes of one header block, frame heads and padding included, kept while it arrives.
 pub const HELD_BYTES_MAX: usize = 64 * 1024;
 
-/// Largest header list that is translated, in RFC 9113 §6.5.2 counting: four times hyper's `SETTINGS_MAX_HEADER_LIST_SIZE`,
-/// the size past which h2 ends the connection. What lies between, hyper answers with 431.
-pub const LIST_BYTES_MAX: usize = 64 * 1024;
+/// Largest header list that is translated, in RFC 9113 §6.5.2 counting: four times the list size that hyper is told, past
+/// which h2 ends the connection. What lies between, hyper answers with 431.
+pub const LIST_BYTES_MAX: usize = 4 * MAX_HEADER_BYTES as usize;
 
 /// Most CONTINUATION frames of one header block: as many as h2 takes at hyper's header list size.
 pub const CONTINUATIONS_MAX: usize = 6;

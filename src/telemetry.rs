@@ -39,7 +39,7 @@ use tracing_subscriber::{
     registry::LookupSpan,
 };
 
-pub use span::{call_span, current, inject, link, record_status, renew_span, rpc_span, traceparent};
+pub use span::{call_span, current, deliver_span, inject, link, record_status, renew_span, rpc_span, traceparent};
 pub use variables::Variables;
 
 use export::{Exporter, LateDispatch};

@@ -45,6 +45,8 @@ pub(super) struct Entry {
     pub(super) span: Option<tracing::Span>,
     /// The trace that began it; renewals link to it.
     pub(super) origin: Option<SpanContext>,
+    /// The trace of the last flight.
+    pub(super) trace: Option<SpanContext>,
     pub(super) snapshot: watch::Sender<Snapshot>,
 }
 
@@ -77,6 +79,8 @@ pub struct Live {
     pub credential: Arc<Credential>,
     /// Sequence of its issuance.
     pub issued: u64,
+    /// The trace of its issuance, to which its deliveries belong.
+    pub trace: Option<SpanContext>,
     /// When it will be renewed; drawn once for this certificate.
     pub renew_at: SystemTime,
     /// The signer's roots now, and the sequence of their last change since `issued`.
@@ -121,6 +125,7 @@ impl Entry {
             failures: 0,
             span: Some(tracing::Span::current()),
             origin: telemetry::current(),
+            trace: None,
             snapshot: watch::Sender::new(Snapshot::Pending),
         }
     }

@@ -12,7 +12,9 @@ use tracing::Instrument as _;
 
 use super::{FLIGHT_TIMEOUT, Hub, HubError, MAX_FLIGHTS, MAX_SLEEP, STOP_GRACE, Step, entry::Flight};
 use crate::{
+    attest::Workload,
     issue::{self, Credential},
+    metrics::Metrics,
     signer::Stage,
     telemetry,
     x509::Bundle,
@@ -91,9 +93,11 @@ impl Hub {
         } else {
             entry.span.take().unwrap_or_else(tracing::Span::none)
         };
+        entry.trace = span.in_scope(telemetry::current);
         let progress = entry.progress.take();
-        let attempt = async move {
-            let (signer, metrics) = signer?;
+        let metrics = self.0.metrics.clone();
+        let flight = async move {
+            let (signer, signer_metrics) = signer?;
             let told = move |stage: Stage| {
                 if let Some(progress) = &progress {
                     progress(Step::Signer(stage));
@@ -106,12 +110,13 @@ impl Hub {
                 Err(_) => Err(HubError::TimedOut),
             };
             match &outcome {
-                Ok(_) => metrics.issued(began.elapsed()),
-                Err(error) => metrics.failed(error.reason(), began.elapsed()),
+                Ok(_) => signer_metrics.issued(began.elapsed()),
+                Err(error) => signer_metrics.failed(error.reason(), began.elapsed()),
             }
+            report(&workload, signer.name(), renewal.then_some(&metrics), &outcome);
             outcome
         };
-        attempt.instrument(span)
+        flight.instrument(span)
     }
 
     fn land(&self, entries: &mut HashMap<Id, u128>, landed: Result<(Id, Result<Credential, HubError>), JoinError>) {
@@ -125,22 +130,6 @@ impl Hub {
         };
         let Some(id) = entries.remove(&task) else { return };
         let mut state = self.lock();
-        let Some(entry) = state.entries.get(&id) else { return };
-        let signer = entry.grant.signer().to_owned();
-        let renewal = entry.snapshot.borrow().live().is_some();
-        match &outcome {
-            Ok(_) if renewal => {
-                self.0.metrics.renewals.good();
-                tracing::info!(workload = %entry.workload, %signer, "certificate renewed");
-            }
-            Ok(_) => tracing::info!(workload = %entry.workload, %signer, "certificate issued"),
-            Err(error) => {
-                if renewal {
-                    self.0.metrics.renewals.bad(error.reason());
-                }
-                tracing::warn!(workload = %entry.workload, %signer, renewal, reason = error.reason(), %error, "no certificate");
-            }
-        }
         // The roots of now, not of the signing: a change between the two has no event of its own for this entry.
         let outcome = outcome.and_then(|credential| {
             let bundle = self.signer(credential.grant())?.sign.bundle().borrow().clone();
@@ -165,5 +154,21 @@ impl Hub {
     fn bundle_changed(&self, signer: &str, bundle: &Arc<Bundle>) {
         tracing::info!(signer, roots = bundle.roots().len(), "trust bundle changed");
         self.lock().bundle_changed(signer, bundle, self.0.clock.now());
+    }
+}
+
+/// Logs how a flight ended, within its span, and counts it if it was a renewal.
+fn report(workload: &Workload, signer: &str, renewal: Option<&Metrics>, outcome: &Result<Credential, HubError>) {
+    match (outcome, renewal) {
+        (Ok(_), None) => tracing::info!(%workload, signer, "certificate issued"),
+        (Ok(_), Some(metrics)) => {
+            metrics.renewals.good();
+            tracing::info!(%workload, signer, "certificate renewed");
+        }
+        (Err(error), None) => tracing::warn!(%workload, signer, reason = error.reason(), %error, "not issued"),
+        (Err(error), Some(metrics)) => {
+            metrics.renewals.bad(error.reason());
+            tracing::warn!(%workload, signer, reason = error.reason(), %error, "not renewed; the old certificate stays");
+        }
     }
 }

@@ -253,6 +253,7 @@ impl State {
                 entry.snapshot.send_replace(Snapshot::Live(Live {
                     credential: Arc::new(credential),
                     issued: sequence,
+                    trace: entry.trace.clone(),
                     renew_at,
                     bundle: (sequence, bundle),
                     delay: None,

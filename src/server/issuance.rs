@@ -86,6 +86,7 @@ impl v1::certificate_service_server::CertificateService for Issuance {
         let facts = call.workload.facts().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
         let views = policy::views(&self.engine.hub.policies(), &call.workload);
         let policies = views.into_iter().map(convert::policy_view).collect();
+        telemetry::record_status(&call.span, Code::Ok as i32, "");
         Ok(Response::new(v1::WhoAmIResponse { facts, policies }))
     }
 
@@ -130,6 +131,7 @@ impl v1::certificate_service_server::CertificateService for Issuance {
             let message = format!("signer_name: this agent has no signer {name:.253?}");
             ended(&call.span, Refusal::new(Code::NotFound, "SIGNER_UNKNOWN", message))
         })?;
+        telemetry::record_status(&call.span, Code::Ok as i32, "");
         let stop = self.engine.stop.clone();
         let bundles = WatchStream::new(bundle).map(move |bundle| {
             let _ = &open;

@@ -90,6 +90,18 @@ pub fn renew_span(began: Option<&SpanContext>) -> Span {
     span
 }
 
+/// The span of a certificate's way to one subscriber, within the trace of its issuance, which may have ended.
+pub fn deliver_span(issuance: Option<&SpanContext>) -> Span {
+    let span = tracing::debug_span!(parent: None, "deliver", csrd.reason = Empty);
+    if let Some(issuance) = issuance
+        && !span.is_disabled()
+    {
+        // Fails only for a span that is disabled.
+        let _ = span.set_parent(Context::new().with_remote_span_context(issuance.clone()));
+    }
+    span
+}
+
 /// Records how the call of a [`rpc_span`] or [`call_span`] ended: its gRPC status code, and our own reason if it failed.
 pub fn record_status(span: &Span, code: i32, reason: &'static str) {
     if span.is_disabled() {

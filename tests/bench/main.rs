@@ -4,6 +4,9 @@
 //! canned answer of the same size (current-thread runtime), or what the row says. Nothing here passes or fails: machines
 //! are noisy, ratios hold.
 
+#![allow(clippy::disallowed_methods, reason = "a benchmark measures real time and starts real processes")]
+#![allow(clippy::print_stdout, reason = "the table is what it is for")]
+
 #[path = "../it/raw_h2.rs"]
 #[allow(dead_code, unreachable_pub, reason = "shared with the integration tests, which use the rest")]
 mod raw_h2;

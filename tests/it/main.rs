@@ -1,8 +1,8 @@
 //! The one integration test binary, so that everything links once.
 
-mod attest;
 #![allow(clippy::unwrap_used, reason = "a test panics to fail; the lint's own exception knows only #[test] functions")]
 
+mod attest;
 mod authority;
 mod client;
 mod fake_agent;

@@ -8,7 +8,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 use tokio_stream::Stream;
-use tonic::Status;
+use tonic::{Code, Status};
 use tracing::Instrument as _;
 
 use super::{Call, Open, ended};
@@ -18,17 +18,21 @@ use crate::{
     proto::v1::{self, StageKind, issue_certificate_response},
     server::{STOP_GRACE, convert, status::Refusal},
     signer::Stage,
+    telemetry,
 };
 
 /// Stages of one issuance; each is sent once, so a stage always finds room.
 const MAX_STAGES: usize = 8;
+
+/// The issuance itself.
+type Work = Pin<Box<dyn Future<Output = Result<v1::Certificate, HubError>> + Send>>;
 
 struct State {
     call: Call,
     _open: Open,
     stages: mpsc::Receiver<v1::Stage>,
     /// `None` once it has ended.
-    work: Option<Pin<Box<dyn Future<Output = Result<v1::Certificate, HubError>> + Send>>>,
+    work: Option<Work>,
     outcome: Option<Result<v1::Certificate, Refusal>>,
 }
 
@@ -107,7 +111,9 @@ async fn deliver(
         Ok(answer(issue_certificate_response::Event::Certificate(certificate)))
     };
     let delivered = delivery.instrument(tracing::debug_span!(parent: &call.span, "deliver")).await;
-    delivered.map_err(|refusal: Refusal| ended(&call.span, refusal))
+    delivered
+        .inspect(|_| telemetry::record_status(&call.span, Code::Ok as i32, ""))
+        .map_err(|refusal: Refusal| ended(&call.span, refusal))
 }
 
 /// Ends when the agent has been told to stop and an issuance under way has had its time.

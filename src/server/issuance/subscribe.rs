@@ -3,13 +3,14 @@
 use futures_util::stream;
 use tokio_stream::Stream;
 use tonic::{Code, Status};
-use tracing::Instrument as _;
+use tracing::{Instrument as _, Span};
 
 use super::{Call, Open, ended};
 use crate::{
     hub::{Event, HubError, Subscription},
     proto::v1::{self, subscribe_response},
     server::{convert, status::Refusal},
+    telemetry,
 };
 
 struct State {
@@ -70,9 +71,18 @@ async fn next(state: &mut State) -> Option<Result<v1::SubscribeResponse, Status>
         event = state.subscription.next() => event,
         () = state.call.engine.stop.cancelled() => return Some(Err(ended(&state.call.span, Refusal::stopping()))),
     };
-    let span = tracing::debug_span!(parent: &state.call.span, "deliver");
-    let answer = deliver(state, event).instrument(span).await;
-    Some(answer.map_err(|refusal| ended(&state.call.span, refusal)))
+    let span = state.call.span.clone();
+    let delivery = match &event {
+        Event::Certificate(_, live) if span.is_none() => telemetry::deliver_span(live.trace.as_ref()),
+        _ => tracing::debug_span!(parent: &span, "deliver"),
+    };
+    let answer = deliver(state, event).instrument(delivery).await;
+    if answer.is_ok() {
+        // The call's span ends with its first answer: what comes later belongs to the traces of the renewals.
+        telemetry::record_status(&span, Code::Ok as i32, "");
+        state.call.span = Span::none();
+    }
+    Some(answer.map_err(|refusal| ended(&span, refusal)))
 }
 
 /// Turns an event into an answer for the process that opened the stream, and no other.

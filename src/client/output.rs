@@ -305,7 +305,7 @@ impl fmt::Display for Summary<'_> {
         let Self { serial_number, not_after, renew_at, policy, signer_name, .. } = self;
         write!(
             f,
-            "serial {serial_number}, expires {not_after}, renews {renew_at}, policy {policy}, signer {signer_name}"
+            "serial {serial_number}, expires {not_after:.0}, renews {renew_at:.0}, policy {policy}, signer {signer_name}"
         )
     }
 }
@@ -346,9 +346,9 @@ impl fmt::Display for Line<'_> {
             Self::Current(summary) => write!(f, "current: {summary}"),
             Self::Renewed(summary) => write!(f, "renewed: {summary}"),
             Self::RenewalDelayed { reason, message, retry_at, expires_at } => {
-                write!(f, "renewal delayed: {message} ({reason}); next try {retry_at}, expires {expires_at}")
+                write!(f, "renewal delayed: {message} ({reason}); next try {retry_at:.0}, expires {expires_at:.0}")
             }
-            Self::RenewalDue { expires_at } => write!(f, "renewal due: send a new request before {expires_at}"),
+            Self::RenewalDue { expires_at } => write!(f, "renewal due: send a new request before {expires_at:.0}"),
             Self::TrustBundleUpdated => f.write_str("trust bundle updated"),
             Self::Disconnected { reason, message, retry_in_ms } => {
                 write!(f, "disconnected: {message} ({reason}); next try in {retry_in_ms} ms")

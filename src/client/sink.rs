@@ -184,7 +184,13 @@ impl Sink {
 
     fn write_set(&self, folder: &Folder, set: &[Content<'_>]) -> Result<(), SinkError> {
         FILES.into_iter().try_for_each(|name| folder.must_not_be_folder(name))?;
-        let previous = folder.link(DATA_LINK);
+        // Whatever is not the current set makes room first: a disk that holds two sets is large enough.
+        let current = folder.link(DATA_LINK);
+        folder.for_each_leftover(&format!(".{OURS}"), |name| {
+            if Some(name) != current.as_deref() {
+                folder.remove_set(name);
+            }
+        });
         let version = format!(".{OURS}{:016x}", rand::random::<u64>());
         let staged = self.stage(folder, &version, set).and_then(|()| folder.relink(&version, DATA_LINK));
         if let Err(error) = staged {
@@ -201,13 +207,7 @@ impl Sink {
                 _ => {}
             }
         }
-        folder.sync()?;
-        folder.for_each_leftover(&format!(".{OURS}"), |name| {
-            if name != version && Some(name) != previous.as_deref() {
-                folder.remove_set(name);
-            }
-        });
-        Ok(())
+        folder.sync()
     }
 
     fn stage(&self, folder: &Folder, version: &str, set: &[Content<'_>]) -> Result<(), SinkError> {

@@ -3,12 +3,13 @@
 use std::{
     fs,
     io::{BufRead as _, BufReader, Lines},
+    os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
     process::{Child, ChildStderr, ChildStdout, Command, Stdio},
 };
 
 use csrd::proto::v1::{self, SubscribeResponse, subscribe_response::Event};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 use tempfile::TempDir;
 use tonic::{Code, Status};
 
@@ -215,6 +216,42 @@ fn the_process_of_a_pid_file_is_signalled_after_each_change() {
     find(&mut lines, "chain b");
     reader.kill().unwrap();
     reader.wait().unwrap();
+}
+
+#[test]
+fn flags_that_contradict_each_other_are_refused() {
+    fn check(arguments: &[&str], words: &str) {
+        let place = Place::new(vec![]);
+        let mut watch = place.watch(arguments);
+        assert_eq!(watch.code(), Some(64), "{arguments:?}");
+        let said: Vec<_> = watch.stderr.by_ref().map(Result::unwrap).collect();
+        assert!(said.join("\n").contains(words), "{arguments:?}: {said:#?}");
+        assert!(place.agent.subscribed().is_empty());
+    }
+    check(&[], "--dir <DIR>");
+    check(&["--dir", "a", "--combined", "b"], "cannot be used with");
+    check(&["--combined", "b", "--csr", "c"], "cannot be used with");
+    check(&["--dir", "a", "--once", "--", "true"], "cannot be used with");
+    check(&["--dir", "a", "--pid-file", "p", "--", "true"], "cannot be used with");
+    check(&["--dir", "a", "--signal", "HUP"], "required arguments were not provided");
+    check(&["--dir", "a", "--signal", "KILL", "--", "true"], "must be HUP, INT");
+    check(&["--dir", "a", "--mode", "0644"], "give nothing to others");
+    check(&["--dir", "a", "--owner", "www"], "UID:GID");
+    check(&["--dir", "a", "--exec", " "], "must name a program");
+}
+
+#[test]
+fn a_crash_leaves_no_core_file() {
+    let maximum = getrlimit(Resource::Core).maximum;
+    setrlimit(Resource::Core, Rlimit { current: maximum, maximum }).unwrap();
+    let place = Place::new(vec![]);
+    let mut watch = place.watch(&["--dir", "tls"]);
+    while place.agent.subscribed().is_empty() {
+        std::thread::yield_now();
+    }
+    watch.signal(Signal::SEGV);
+    let status = watch.process.wait().unwrap();
+    assert_eq!((status.signal(), status.core_dumped()), (Some(Signal::SEGV.as_raw()), false));
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test panics to fail; the lint's own exception knows only #[test] functions")]
 
+mod agent;
 mod attest;
 mod authority;
 mod client;

@@ -220,9 +220,17 @@ mod tests {
     #[test]
     fn what_a_crash_left_aside_is_removed_and_foreign_files_are_not() {
         let dir = tempfile::tempdir().unwrap();
-        for name in
-            [".csrd-3", "ca-2.pem", "ca-10.pem", "next-11.pem", "ca-01.pem", "ca-x.pem", "ca-1.pem.bak", "notes"]
-        {
+        for name in [
+            ".csrd-3",
+            "next-10.pem",
+            "ca-2.pem",
+            "ca-10.pem",
+            "next-11.pem",
+            "ca-01.pem",
+            "ca-x.pem",
+            "ca-1.pem.bak",
+            "notes",
+        ] {
             fs::write(dir.path().join(name), "").unwrap();
         }
         let store = Store::open(dir.path()).unwrap();

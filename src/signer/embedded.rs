@@ -234,10 +234,15 @@ impl Source {
                 (store.as_ref(), *ca_lifetime, step)
             }
             Self::Given(files) => {
-                if let Some(authority) = files.changed(now)? {
+                // What is due comes first, so that it does not wait for files that cannot be read.
+                let mut step = generations.due(now);
+                if step.is_none()
+                    && let Some(authority) = files.changed(now)?
+                {
                     generations.replace(authority, now);
+                    step = generations.due(now);
                 }
-                (None, Duration::ZERO, generations.due(now))
+                (None, Duration::ZERO, step)
             }
         };
         match step {
@@ -247,22 +252,24 @@ impl Source {
                     store.announce(number, &generation.authority.to_pem())?;
                 }
                 generations.announce(generation, Duration::ZERO, now);
+                tracing::info!(number, "CA made; its root is in the trust bundle from now on");
             }
             Some(Step::Activate(number)) => {
                 if let Some(store) = store {
                     store.activate(number)?;
                 }
                 generations.activate();
+                tracing::info!(number, "CA signs from now on");
             }
             Some(Step::Retire(number)) => {
                 if let Some(store) = store {
                     store.retire(number)?;
                 }
                 generations.retire(number);
+                tracing::info!(number, "CA forgotten");
             }
             None => return Ok(false),
         }
-        tracing::info!(?step, "the CA advances");
         Ok(true)
     }
 }
@@ -632,6 +639,23 @@ mod tests {
         assert_eq!(signer.bundle().borrow().roots().len(), 2);
         stop.cancel();
         running.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_operators_new_ca_signs_in_its_time_although_its_files_are_gone() {
+        let clock = clock();
+        let operator = Operator::new(clock.now());
+        let signer = operator.open(&clock).unwrap();
+        let first = chain(&signer).await;
+        let other = Operator::new(clock.now());
+        for name in ["certificate.pem", "key.pem", "chain.pem"] {
+            operator.put(name, &fs::read_to_string(other.path(name)).unwrap());
+        }
+        signer.reload().unwrap();
+        fs::remove_file(operator.path("key.pem")).unwrap();
+        tokio::time::advance(SETTLE).await;
+        signer.reload().unwrap_err();
+        assert_ne!(chain(&signer).await.certificates()[1], first.certificates()[1]);
     }
 
     #[tokio::test(start_paused = true)]

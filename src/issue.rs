@@ -187,3 +187,157 @@ async fn key(algorithm: KeyAlgorithm, held: Option<Arc<Csr>>) -> Result<Key, Iss
     });
     Ok(Key::Made(work.await.map_err(|_| IssueError::Interrupted)??))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::Mutex, time::Duration};
+
+    use tokio::sync::watch;
+
+    use super::*;
+    use crate::{
+        metrics::Metrics,
+        signer::{
+            Signing,
+            embedded::{DEFAULT_CA_LIFETIME, Embedded},
+        },
+        x509::{DnsName, Names, Usages},
+    };
+
+    const LIFETIME: Duration = Duration::from_secs(3600);
+
+    fn grant(key: KeyAlgorithm) -> Grant {
+        let dns = vec![DnsName::parse("web.example").unwrap()];
+        Grant::for_test(Names { dns, ..Names::default() }, Usages::DEFAULT, key, LIFETIME)
+    }
+
+    fn embedded(clock: &Clock) -> Embedded {
+        Embedded::ephemeral(DEFAULT_CA_LIFETIME, clock, Metrics::new().signer("embedded")).unwrap()
+    }
+
+    async fn issue_from(
+        signer: &dyn Sign,
+        key: KeyAlgorithm,
+        held: Option<Arc<Csr>>,
+    ) -> Result<Credential, IssueError> {
+        issue(signer, &Clock::system(), &Workload::of_uid(1), grant(key), held, &|_| ()).await
+    }
+
+    fn csr(key: &PrivateKey) -> Arc<Csr> {
+        let request = rcgen::CertificateParams::default().serialize_request(key).unwrap();
+        Arc::new(Csr::parse(request.der()).unwrap())
+    }
+
+    /// A signer that answers with what it was told to, and the bundle of another.
+    #[derive(Debug)]
+    struct Fake {
+        answer: Result<Chain, SignError>,
+        bundle: watch::Sender<Arc<Bundle>>,
+    }
+
+    impl Sign for Fake {
+        fn name(&self) -> &str {
+            "fake"
+        }
+
+        fn sign<'a>(&'a self, _request: SigningRequest<'a>) -> Signing<'a> {
+            Box::pin(async { self.answer.clone() })
+        }
+
+        fn bundle(&self) -> watch::Receiver<Arc<Bundle>> {
+            self.bundle.subscribe()
+        }
+    }
+
+    #[tokio::test]
+    async fn every_kind_of_key_is_made_certified_and_handed_over() {
+        let signer = embedded(&Clock::system());
+        for key in [KeyAlgorithm::EcdsaP256, KeyAlgorithm::EcdsaP384, KeyAlgorithm::Ed25519, KeyAlgorithm::Rsa2048] {
+            let credential = issue_from(&signer, key, None).await.unwrap();
+            assert_eq!(credential.grant(), &grant(key));
+            let pem = credential.key_pem().unwrap();
+            let made = PrivateKey::from_pem(&pem).unwrap();
+            assert_eq!((made.algorithm(), made.public_key()), (key, credential.private_key().unwrap().public_key()));
+            assert_eq!(&Chain::from_pem(&credential.chain_pem()).unwrap(), credential.chain());
+            assert_eq!(credential.bundle(), &*signer.bundle().borrow());
+            assert_eq!(credential.chain_pem().as_ptr(), credential.chain_pem().as_ptr());
+            let validity = credential.not_after().duration_since(credential.not_before()).unwrap();
+            assert!(validity <= LIFETIME + crate::signer::embedded::BACKDATE + Duration::from_secs(1));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_held_key_is_certified_and_never_seen() {
+        let key = PrivateKey::generate(KeyAlgorithm::EcdsaP384).unwrap();
+        let signer = embedded(&Clock::system());
+        let credential = issue_from(&signer, KeyAlgorithm::EcdsaP384, Some(csr(&key))).await.unwrap();
+        assert!(credential.private_key().is_none() && credential.key_pem().is_none());
+    }
+
+    #[tokio::test]
+    async fn a_held_key_of_another_kind_is_refused() {
+        let key = PrivateKey::generate(KeyAlgorithm::Ed25519).unwrap();
+        let error =
+            issue_from(&embedded(&Clock::system()), KeyAlgorithm::EcdsaP256, Some(csr(&key))).await.unwrap_err();
+        let (granted, held) = (KeyAlgorithm::EcdsaP256, KeyAlgorithm::Ed25519);
+        assert_eq!(error, IssueError::KeyAlgorithm { granted, held });
+        assert_eq!((error.reason(), error.is_transient()), ("KEY_ALGORITHM_NOT_GRANTED", false));
+    }
+
+    #[tokio::test]
+    async fn what_a_signer_returns_is_not_believed() {
+        let signer = embedded(&Clock::system());
+        let other = issue_from(&signer, KeyAlgorithm::EcdsaP256, None).await.unwrap();
+        let bundle = watch::Sender::new(signer.bundle().borrow().clone());
+        let fake = Fake { answer: Ok(other.chain().clone()), bundle };
+        let error = issue_from(&fake, KeyAlgorithm::EcdsaP256, None).await.unwrap_err();
+        assert_eq!(error, IssueError::Verify(VerifyError::PublicKey));
+        assert_eq!((error.reason(), error.is_transient()), ("CERTIFICATE_NOT_AS_GRANTED", false));
+    }
+
+    #[tokio::test]
+    async fn a_signers_refusal_is_passed_on() {
+        let bundle = embedded(&Clock::system()).bundle().borrow().clone();
+        for (refusal, reason, transient) in [
+            (SignError::CaNotValid, "CA_NOT_VALID", true),
+            (SignError::NoKeyUsage, "USAGES_INCOMPLETE", false),
+            (SignError::Key(KeyError::Sign), "CA_KEY_UNUSABLE", true),
+            (SignError::Malformed, "SIGNER_MALFORMED_CERTIFICATE", false),
+        ] {
+            let fake = Fake { answer: Err(refusal.clone()), bundle: watch::Sender::new(bundle.clone()) };
+            let error = issue_from(&fake, KeyAlgorithm::EcdsaP256, None).await.unwrap_err();
+            assert_eq!((error.reason(), error.is_transient()), (reason, transient));
+            assert_eq!(error, IssueError::Sign(refusal));
+        }
+    }
+
+    #[tokio::test]
+    async fn stages_are_told_in_order() {
+        let clock = Clock::system();
+        let stages = Mutex::new(Vec::new());
+        let progress = |stage| stages.lock().unwrap().push(stage);
+        let grant = grant(KeyAlgorithm::EcdsaP256);
+        issue(&embedded(&clock), &clock, &Workload::of_uid(1), grant, None, &progress).await.unwrap();
+        assert_eq!(*stages.lock().unwrap(), [Stage::Requested("embedded".to_owned()), Stage::Issued]);
+    }
+
+    #[tokio::test]
+    async fn debug_shows_no_key() {
+        let credential = issue_from(&embedded(&Clock::system()), KeyAlgorithm::Ed25519, None).await.unwrap();
+        let _ = credential.key_pem();
+        let shown = format!("{credential:?}");
+        assert!(!shown.contains("PRIVATE") && !shown.contains("private_key"), "{shown}");
+    }
+
+    #[tokio::test]
+    async fn an_rsa_key_waits_for_its_turn() {
+        let signer = embedded(&Clock::system());
+        let all = RSA_TURNS.acquire_many(MAX_RSA_KEYS_AT_ONCE as u32).await.unwrap();
+        let mut waiting = Box::pin(issue_from(&signer, KeyAlgorithm::Rsa2048, None));
+        assert!(futures_util::poll!(waiting.as_mut()).is_pending());
+        // Other kinds do not wait.
+        issue_from(&signer, KeyAlgorithm::EcdsaP256, None).await.unwrap();
+        drop(all);
+        waiting.await.unwrap();
+    }
+}

@@ -234,10 +234,15 @@ impl Source {
                 (store.as_ref(), *ca_lifetime, step)
             }
             Self::Given(files) => {
-                if let Some(authority) = files.changed(now)? {
+                // What is due comes first, so that it does not wait for files that cannot be read.
+                let mut step = generations.due(now);
+                if step.is_none()
+                    && let Some(authority) = files.changed(now)?
+                {
                     generations.replace(authority, now);
+                    step = generations.due(now);
                 }
-                (None, Duration::ZERO, generations.due(now))
+                (None, Duration::ZERO, step)
             }
         };
         match step {
@@ -247,22 +252,24 @@ impl Source {
                     store.announce(number, &generation.authority.to_pem())?;
                 }
                 generations.announce(generation, Duration::ZERO, now);
+                tracing::info!(number, "CA made; its root is in the trust bundle from now on");
             }
             Some(Step::Activate(number)) => {
                 if let Some(store) = store {
                     store.activate(number)?;
                 }
                 generations.activate();
+                tracing::info!(number, "CA signs from now on");
             }
             Some(Step::Retire(number)) => {
                 if let Some(store) = store {
                     store.retire(number)?;
                 }
                 generations.retire(number);
+                tracing::info!(number, "CA forgotten");
             }
             None => return Ok(false),
         }
-        tracing::info!(?step, "the CA advances");
         Ok(true)
     }
 }
@@ -271,7 +278,7 @@ impl Source {
 fn restore(store: &Store, generations: &mut Generations, now: SystemTime) -> Result<(), EmbeddedError> {
     let read = |(number, path): (u64, PathBuf)| {
         let text = store::read_secret(&path)?;
-        let authority = Authority::from_pem(&text, &[&text]);
+        let authority = Authority::from_pem(&text, &text, &[]);
         let authority = authority.map_err(|source| EmbeddedError::Authority { path, source })?;
         Ok::<_, EmbeddedError>(Generation { number, authority })
     };
@@ -364,5 +371,330 @@ fn advice(error: &io::Error) -> &'static str {
         io::ErrorKind::NotFound => ": it is not there",
         io::ErrorKind::NotADirectory => ": a part of the path is no folder",
         _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
+
+    use rcgen::{BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, Issuer, KeyUsagePurpose};
+
+    use super::*;
+    use crate::{
+        attest::Workload,
+        issue::{Credential, IssueError, issue},
+        metrics::Metrics,
+        policy::Grant,
+        x509::{Chain, KeyAlgorithm, Names, PrivateKey, Usages},
+    };
+
+    const LIFE: Duration = Duration::from_secs(1000 * 60);
+    const OVERLAP: Duration = Duration::from_secs(100 * 60);
+
+    fn clock() -> Clock {
+        Clock::paused(SystemTime::UNIX_EPOCH + Duration::from_secs(1_900_000_000))
+    }
+
+    fn metrics() -> SignerMetrics {
+        Metrics::new().signer(NAME)
+    }
+
+    fn made(dir: &Path) -> EmbeddedConfig {
+        EmbeddedConfig::Made { state_dir: dir.to_owned(), ca_lifetime: LIFE }
+    }
+
+    async fn certificate(signer: &Embedded) -> Result<Credential, IssueError> {
+        let names = Names { common_name: Some("web".to_owned()), ..Names::default() };
+        let grant = Grant::for_test(names, Usages::DEFAULT, KeyAlgorithm::EcdsaP256, Duration::from_secs(60));
+        issue(signer, &signer.clock, &Workload::of_uid(1), grant, None, &|_| ()).await
+    }
+
+    fn roots(signer: &Embedded) -> Vec<String> {
+        signer.bundle().borrow().fingerprints()
+    }
+
+    /// The CA that signs now, by the fingerprint of its root.
+    fn signing(signer: &Embedded) -> String {
+        let now = signer.clock.now();
+        let generations = signer.generations();
+        let roots = generations.signing(now).expect("a CA signs").roots().to_vec();
+        Bundle::new(roots).unwrap().fingerprints().remove(0)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_ca_made_on_first_start_is_there_on_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = Embedded::open(made(dir.path()), &clock(), metrics()).unwrap();
+        certificate(&first).await.unwrap();
+        let roots_before = roots(&first);
+        drop(first);
+        let second = Embedded::open(made(dir.path()), &clock(), metrics()).unwrap();
+        assert_eq!(roots(&second), roots_before);
+        assert!(dir.path().join("ca-1.pem").exists() && !dir.path().join("next-1.pem").exists());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn rotation_runs_by_itself_and_every_certificate_verifies() {
+        let signer = Arc::new(Embedded::ephemeral(LIFE, &clock(), metrics()).unwrap());
+        let stop = CancellationToken::new();
+        let running = tokio::spawn(signer.clone().run(stop.clone()));
+        let mut signers = std::collections::HashSet::new();
+        for _ in 0..60 {
+            tokio::time::sleep(Duration::from_secs(60 * 60)).await;
+            certificate(&signer).await.unwrap();
+            signers.insert(signing(&signer));
+            assert!(roots(&signer).contains(&signing(&signer)));
+        }
+        assert!(signers.len() >= 5, "{}", signers.len());
+        stop.cancel();
+        running.await.unwrap();
+    }
+
+    /// What a crash can leave between any two steps on the disk, and what the next start makes of it.
+    #[tokio::test(start_paused = true)]
+    async fn a_crash_at_any_step_of_a_rotation_is_survived() {
+        let dir = tempfile::tempdir().unwrap();
+        let clock = clock();
+        let open = || Embedded::open(made(dir.path()), &clock, metrics()).unwrap();
+        let first = signing(&open());
+
+        // Before the successor is whole: it is made again.
+        fs::write(dir.path().join(".csrd-2"), "half a k").unwrap();
+        tokio::time::advance(LIFE / 2).await;
+        let signer = open();
+        assert_eq!((signing(&signer), roots(&signer).len()), (first.clone(), 2));
+        let announced = roots(&signer).remove(1);
+        drop(signer);
+
+        // Announced, and down until long after it was to sign: subscribers first get the bundle.
+        tokio::time::advance(OVERLAP * 2).await;
+        let signer = open();
+        assert_eq!((signing(&signer), roots(&signer)), (first.clone(), vec![first.clone(), announced.clone()]));
+        tokio::time::advance(SETTLE).await;
+        signer.reload().unwrap();
+        assert_eq!(signing(&signer), announced);
+        drop(signer);
+
+        // Activated: it goes on signing at once.
+        let signer = open();
+        assert_eq!((signing(&signer), roots(&signer)), (announced.clone(), vec![announced, first]));
+        certificate(&signer).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_disk_that_fails_keeps_the_last_good_ca() {
+        let dir = tempfile::tempdir().unwrap();
+        let signer = Embedded::open(made(dir.path()), &clock(), metrics()).unwrap();
+        fs::create_dir(dir.path().join("next-2.pem")).unwrap();
+        tokio::time::advance(LIFE / 2).await;
+        let error = signer.reload().unwrap_err();
+        assert!(matches!(error, EmbeddedError::Io { action: "write", .. }), "{error}");
+        assert_eq!(roots(&signer).len(), 1);
+        certificate(&signer).await.unwrap();
+        fs::remove_dir(dir.path().join("next-2.pem")).unwrap();
+        signer.reload().unwrap();
+        assert_eq!(roots(&signer).len(), 2);
+        // Without a successor the end comes, and is said.
+        fs::remove_file(dir.path().join("next-2.pem")).unwrap();
+        tokio::time::advance(LIFE).await;
+        signer.reload().unwrap_err();
+        assert_eq!(certificate(&signer).await.unwrap_err(), IssueError::Sign(SignError::CaNotValid));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stored_ca_that_is_damaged_or_readable_stops_the_start() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(Embedded::open(made(dir.path()), &clock(), metrics()).unwrap());
+        let path = dir.path().join("ca-1.pem");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        let error = Embedded::open(made(dir.path()), &clock(), metrics()).unwrap_err();
+        assert!(matches!(error, EmbeddedError::KeyMode { mode: 0o644, .. }), "{error}");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        fs::write(&path, "").unwrap();
+        let error = Embedded::open(made(dir.path()), &clock(), metrics()).unwrap_err();
+        assert!(matches!(error, EmbeddedError::Authority { .. }), "{error}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn lifetimes_are_bounded() {
+        let second = Duration::from_secs(1);
+        for lifetime in [MIN_CA_LIFETIME, MAX_CA_LIFETIME] {
+            Embedded::ephemeral(lifetime, &clock(), metrics()).unwrap();
+        }
+        for lifetime in [MIN_CA_LIFETIME - second, MAX_CA_LIFETIME + second, Duration::MAX] {
+            let error = Embedded::ephemeral(lifetime, &clock(), metrics()).unwrap_err();
+            assert!(matches!(error, EmbeddedError::Lifetime { .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn advice_says_what_to_do() {
+        for (kind, part) in [
+            (io::ErrorKind::StorageFull, "free space"),
+            (io::ErrorKind::ReadOnlyFilesystem, "read-only"),
+            (io::ErrorKind::PermissionDenied, "give the agent's user access"),
+        ] {
+            let error = EmbeddedError::Io { action: "write", path: "/state/ca".into(), source: kind.into() };
+            let text = error.to_string();
+            assert!(text.starts_with("cannot write /state/ca: ") && text.contains(part), "{text}");
+        }
+    }
+
+    /// An operator's folder with a root and an intermediate under it.
+    struct Operator {
+        dir: tempfile::TempDir,
+        now: SystemTime,
+        root: CertificateParams,
+        root_key: PrivateKey,
+        root_pem: String,
+    }
+
+    impl Operator {
+        fn new(now: SystemTime) -> Self {
+            let root_key = PrivateKey::generate(KeyAlgorithm::EcdsaP384).unwrap();
+            let root = Self::ca("root", now);
+            let root_pem = root.self_signed(&root_key).unwrap().pem();
+            let operator = Self { dir: tempfile::tempdir().unwrap(), now, root, root_key, root_pem };
+            operator.issue();
+            operator
+        }
+
+        fn ca(name: &str, now: SystemTime) -> CertificateParams {
+            let mut params = CertificateParams::default();
+            params.distinguished_name = DistinguishedName::new();
+            params.distinguished_name.push(DnType::CommonName, name);
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+            (params.not_before, params.not_after) = (now.into(), (now + LIFE).into());
+            params
+        }
+
+        /// Puts a new intermediate in place.
+        fn issue(&self) {
+            let key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();
+            let by_root = Issuer::from_params(&self.root, &self.root_key);
+            let intermediate = Self::ca("intermediate", self.now).signed_by(&key, &by_root).unwrap();
+            self.put("key.pem", &key.to_pem());
+            self.put("certificate.pem", &intermediate.pem());
+            self.put("chain.pem", &self.root_pem);
+        }
+
+        fn put(&self, name: &str, text: &str) {
+            let aside = self.path("aside");
+            fs::write(&aside, text).unwrap();
+            fs::set_permissions(&aside, fs::Permissions::from_mode(0o600)).unwrap();
+            fs::rename(aside, self.path(name)).unwrap();
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.dir.path().join(name)
+        }
+
+        fn open(&self, clock: &Clock) -> Result<Embedded, EmbeddedError> {
+            let [certificate, key, chain] = ["certificate.pem", "key.pem", "chain.pem"].map(|name| self.path(name));
+            Embedded::open(EmbeddedConfig::Given { certificate, key, chain: Some(chain) }, clock, metrics())
+        }
+    }
+
+    async fn chain(signer: &Embedded) -> Chain {
+        certificate(signer).await.unwrap().chain().clone()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_operators_intermediate_signs_and_a_new_one_of_the_same_root_at_once() {
+        let clock = clock();
+        let operator = Operator::new(clock.now());
+        let signer = operator.open(&clock).unwrap();
+        let first = chain(&signer).await;
+        assert_eq!(first.certificates().len(), 2);
+        signer.reload().unwrap();
+        assert_eq!(chain(&signer).await.certificates()[1], first.certificates()[1]);
+        operator.issue();
+        signer.reload().unwrap();
+        assert_ne!(chain(&signer).await.certificates()[1], first.certificates()[1]);
+        assert_eq!(roots(&signer).len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_operators_new_root_is_known_before_it_signs() {
+        let clock = clock();
+        let operator = Operator::new(clock.now());
+        let signer = Arc::new(operator.open(&clock).unwrap());
+        let first = chain(&signer).await;
+        let mut bundle = signer.bundle();
+        bundle.mark_unchanged();
+        let stop = CancellationToken::new();
+        let running = tokio::spawn(signer.clone().run(stop.clone()));
+
+        let other = Operator::new(clock.now());
+        for name in ["certificate.pem", "key.pem", "chain.pem"] {
+            operator.put(name, &fs::read_to_string(other.path(name)).unwrap());
+        }
+        bundle.changed().await.unwrap();
+        assert_eq!(bundle.borrow_and_update().roots().len(), 2);
+        assert_eq!(chain(&signer).await.certificates()[1], first.certificates()[1]);
+        tokio::time::sleep(SETTLE + RELOAD_INTERVAL).await;
+        assert_ne!(chain(&signer).await.certificates()[1], first.certificates()[1]);
+        assert_eq!(signer.bundle().borrow().roots().len(), 2);
+        stop.cancel();
+        running.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_operators_new_ca_signs_in_its_time_although_its_files_are_gone() {
+        let clock = clock();
+        let operator = Operator::new(clock.now());
+        let signer = operator.open(&clock).unwrap();
+        let first = chain(&signer).await;
+        let other = Operator::new(clock.now());
+        for name in ["certificate.pem", "key.pem", "chain.pem"] {
+            operator.put(name, &fs::read_to_string(other.path(name)).unwrap());
+        }
+        signer.reload().unwrap();
+        fs::remove_file(operator.path("key.pem")).unwrap();
+        tokio::time::advance(SETTLE).await;
+        signer.reload().unwrap_err();
+        assert_ne!(chain(&signer).await.certificates()[1], first.certificates()[1]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn broken_files_are_reported_once_and_change_nothing() {
+        let clock = clock();
+        let operator = Operator::new(clock.now());
+        let signer = operator.open(&clock).unwrap();
+        let good = fs::read_to_string(operator.path("key.pem")).unwrap();
+        operator.put("key.pem", &PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap().to_pem());
+        let error = signer.reload().unwrap_err();
+        assert!(matches!(&error, EmbeddedError::Authority { source: AuthorityError::KeyMismatch, .. }), "{error}");
+        signer.reload().unwrap();
+        certificate(&signer).await.unwrap();
+        fs::remove_file(operator.path("key.pem")).unwrap();
+        signer.reload().unwrap_err();
+        signer.reload().unwrap_err();
+        operator.put("key.pem", &good);
+        signer.reload().unwrap();
+        certificate(&signer).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_operators_ca_is_judged_before_anything_is_served() {
+        let clock = clock();
+        let check = |spoil: &dyn Fn(&Operator), expected: &str| {
+            let operator = Operator::new(clock.now());
+            spoil(&operator);
+            let error = operator.open(&clock).unwrap_err();
+            let source = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+            let text = format!("{error}: {source}");
+            assert!(text.contains(expected), "{text}");
+        };
+        let chmod = |operator: &Operator| {
+            fs::set_permissions(operator.path("key.pem"), fs::Permissions::from_mode(0o640)).unwrap();
+        };
+        check(&chmod, "has mode 0640");
+        check(&|operator| operator.put("chain.pem", ""), "no root found");
+        check(&|operator| operator.put("certificate.pem", "garbage"), "the certificates cannot be used");
+        check(&|operator| fs::remove_file(operator.path("certificate.pem")).unwrap(), "cannot read");
+        check(&|operator| operator.put("key.pem", "garbage"), "the private key cannot be used");
     }
 }

@@ -52,7 +52,11 @@ impl Chain {
         let leaf = parse(&certificates[0]).ok_or(ChainError::Certificate { index: 0 })?;
         let validity = leaf.validity();
         let (not_before, not_after) = (system_time(validity.not_before), system_time(validity.not_after));
-        let serial = hex(leaf.raw_serial());
+        let serial = match leaf.raw_serial() {
+            // The sign of a number whose first bit is set, no part of its value.
+            [0, digits @ ..] if !digits.is_empty() => hex(digits),
+            digits => hex(digits),
+        };
         Ok(Self { not_before, not_after, serial, certificates })
     }
 
@@ -255,4 +259,85 @@ fn to_pem(certificates: &[CertificateDer<'_>]) -> String {
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyUsagePurpose};
+
+    use super::*;
+    use crate::x509::{KeyAlgorithm, PrivateKey};
+
+    fn certificate(change: impl FnOnce(&mut CertificateParams)) -> Vec<u8> {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        change(&mut params);
+        params.self_signed(&PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap()).unwrap().der().to_vec()
+    }
+
+    #[test]
+    fn a_chain_reads_back_from_pem_and_tells_its_leaf() {
+        let start = SystemTime::UNIX_EPOCH + Duration::from_secs(1_900_000_000);
+        let leaf = certificate(|params| {
+            params.not_before = start.into();
+            params.not_after = (start + Duration::from_secs(60)).into();
+            params.serial_number = Some(rcgen::SerialNumber::from_slice(&[0x80, 0x0a]));
+        });
+        let chain = Chain::from_der(vec![leaf.clone(), certificate(|_| ())]).unwrap();
+        assert_eq!(Chain::from_pem(format!("text\n{}", chain.to_pem()).as_bytes()).unwrap(), chain);
+        assert_eq!((chain.not_before(), chain.not_after()), (start, start + Duration::from_secs(60)));
+        assert_eq!(chain.serial_hex(), "800a");
+        assert_eq!(chain.leaf_der().as_ref(), leaf);
+        assert!(chain.concatenated_der().starts_with(&leaf));
+    }
+
+    #[test]
+    fn a_bundle_reads_back_and_holds_no_root_twice() {
+        let (a, b) = (certificate(|_| ()), certificate(|_| ()));
+        let bundle = Bundle::from_der(vec![a.clone(), b.clone(), a.clone()]).unwrap();
+        assert_eq!(bundle.roots().len(), 2);
+        assert_eq!(Bundle::from_pem(&bundle.pem()).unwrap(), bundle);
+        assert_ne!(Bundle::from_der(vec![a]).unwrap(), bundle);
+        assert_eq!(bundle.fingerprints()[1].len(), 64);
+        assert!(bundle.concatenated_der().ends_with(&b));
+    }
+
+    #[test]
+    fn what_is_no_certificate_is_refused_with_its_place() {
+        let good = certificate(|_| ());
+        let cut = good[..good.len() - 1].to_vec();
+        let grown = [good.as_slice(), &[0]].concat();
+        for bad in [cut, grown, Vec::new(), vec![0x30; MAX_CERTIFICATE_BYTES + 1]] {
+            let error = Err(ChainError::Certificate { index: 1 });
+            assert_eq!(Chain::from_der(vec![good.clone(), bad.clone()]).map(|_| ()), error);
+            assert_eq!(Bundle::from_der(vec![good.clone(), bad]).map(|_| ()), error);
+        }
+        assert_eq!(Chain::from_pem(b"").map(|_| ()), Err(ChainError::Empty));
+        assert_eq!(Bundle::from_pem(b"").map(|_| ()), Err(ChainError::Empty));
+        assert_eq!(Chain::from_pem(b"-----BEGIN CERTIFICATE-----\n!").map(|_| ()), Err(ChainError::Pem));
+        let long = vec![b'\n'; MAX_CERTIFICATES_PEM_BYTES + 1];
+        assert_eq!(Chain::from_pem(&long).map(|_| ()), Err(ChainError::TooLong { bytes: long.len() }));
+        assert_eq!(Chain::from_pem(&long[1..]).map(|_| ()), Err(ChainError::Empty));
+    }
+
+    #[test]
+    fn a_root_must_be_allowed_to_sign() {
+        let error = Err(ChainError::NotCa { index: 0 });
+        let usage = certificate(|params| params.key_usages = vec![KeyUsagePurpose::CrlSign]);
+        assert_eq!(Bundle::from_der(vec![usage]).map(|_| ()), error);
+        let leaf = certificate(|params| params.is_ca = IsCa::ExplicitNoCa);
+        assert_eq!(Bundle::from_der(vec![leaf]).map(|_| ()), error);
+    }
+
+    #[test]
+    fn the_numbers_of_certificates_are_bounded() {
+        let one = certificate(|_| ());
+        Chain::from_der(vec![one.clone(); MAX_CHAIN_CERTIFICATES]).unwrap();
+        let (count, max) = (MAX_CHAIN_CERTIFICATES + 1, MAX_CHAIN_CERTIFICATES);
+        assert_eq!(Chain::from_der(vec![one.clone(); count]).map(|_| ()), Err(ChainError::TooMany { count, max }));
+        Bundle::from_der(vec![one.clone(); MAX_BUNDLE_CERTIFICATES]).unwrap();
+        let (count, max) = (MAX_BUNDLE_CERTIFICATES + 1, MAX_BUNDLE_CERTIFICATES);
+        assert_eq!(Bundle::from_der(vec![one; count]).map(|_| ()), Err(ChainError::TooMany { count, max }));
+    }
 }

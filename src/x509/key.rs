@@ -396,3 +396,94 @@ fn check_rsa(key: &[u8]) -> Result<KeyAlgorithm, KeyError> {
     }
     Ok(algorithm)
 }
+
+#[cfg(test)]
+mod tests {
+    use aws_lc_rs::{encoding::EcPrivateKeyRfc5915Der, signature::UnparsedPublicKey};
+
+    use super::*;
+    use crate::x509::der::{children, only};
+
+    /// RSA 3072 and 4096 differ from 2048 in nothing but time.
+    const QUICK: [KeyAlgorithm; 4] =
+        [KeyAlgorithm::EcdsaP256, KeyAlgorithm::EcdsaP384, KeyAlgorithm::Ed25519, KeyAlgorithm::Rsa2048];
+
+    #[test]
+    fn every_algorithm_has_a_name_of_its_own() {
+        for algorithm in KeyAlgorithm::ALL {
+            assert_eq!(KeyAlgorithm::from_name(algorithm.name()), Some(algorithm));
+        }
+        assert_eq!(KeyAlgorithm::from_name("rsa-1024"), None);
+    }
+
+    #[test]
+    fn a_key_written_as_pem_is_the_same_key_when_read() {
+        for algorithm in QUICK {
+            let key = PrivateKey::generate(algorithm).unwrap();
+            let read = PrivateKey::from_pem(key.to_pem().as_bytes()).unwrap();
+            assert_eq!((read.algorithm(), read.public_key()), (algorithm, key.public_key()));
+            assert_eq!(read.pkcs8_der(), key.pkcs8_der());
+        }
+    }
+
+    #[test]
+    fn a_signature_verifies_with_the_public_key() {
+        use aws_lc_rs::signature::{
+            ECDSA_P256_SHA256_ASN1, ECDSA_P384_SHA384_ASN1, ED25519, RSA_PKCS1_2048_8192_SHA256, VerificationAlgorithm,
+        };
+        let verifiers: [&dyn VerificationAlgorithm; 4] =
+            [&ECDSA_P256_SHA256_ASN1, &ECDSA_P384_SHA384_ASN1, &ED25519, &RSA_PKCS1_2048_8192_SHA256];
+        for (algorithm, verifier) in QUICK.into_iter().zip(verifiers) {
+            let key = PrivateKey::generate(algorithm).unwrap();
+            let signature = key.sign(b"message").unwrap();
+            UnparsedPublicKey::new(verifier, key.der_bytes()).verify(b"message", &signature).unwrap();
+        }
+    }
+
+    #[test]
+    fn the_signature_identifier_is_the_librarys() {
+        for algorithm in QUICK {
+            let key = PrivateKey::generate(algorithm).unwrap();
+            let request = rcgen::CertificateParams::default().serialize_request(&key).unwrap();
+            let fields = children(only(request.der()).unwrap().data).unwrap();
+            let identifier = only(algorithm.signature_identifier()).unwrap();
+            assert_eq!(identifier.data, fields[1].data, "{algorithm}");
+        }
+    }
+
+    #[test]
+    fn older_encodings_are_read() {
+        let key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();
+        let Pair::Ecdsa(pair) = &key.pair else { unreachable!() };
+        let sec1: EcPrivateKeyRfc5915Der<'_> = pair.private_key().as_der().unwrap();
+        let read = PrivateKey::from_pem(pem::encode("EC PRIVATE KEY", sec1.as_ref()).as_bytes()).unwrap();
+        assert_eq!(read.public_key(), key.public_key());
+
+        let key = PrivateKey::generate(KeyAlgorithm::Rsa2048).unwrap();
+        let fields = children(only(key.pkcs8_der()).unwrap().data).unwrap();
+        let read = PrivateKey::from_pem(pem::encode("RSA PRIVATE KEY", fields[2].data).as_bytes()).unwrap();
+        assert_eq!(read.public_key(), key.public_key());
+    }
+
+    #[test]
+    fn what_is_no_key_of_ours_is_refused() {
+        let check = |text: &[u8], error| assert_eq!(PrivateKey::from_pem(text).unwrap_err(), error);
+        check(b"", KeyError::NoKey);
+        check(b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", KeyError::NoKey);
+        check(pem::encode("ENCRYPTED PRIVATE KEY", &[0; 64]).as_bytes(), KeyError::NoKey);
+        check(pem::encode("PRIVATE KEY", &[0; 64]).as_bytes(), KeyError::Unsupported);
+        let mut text = PrivateKey::generate(KeyAlgorithm::Ed25519).unwrap().to_pem().as_bytes().to_vec();
+        text.resize(MAX_KEY_PEM_BYTES, b'\n');
+        PrivateKey::from_pem(&text).unwrap();
+        text.push(b'\n');
+        check(&text, KeyError::TooLong { bytes: MAX_KEY_PEM_BYTES + 1 });
+    }
+
+    #[test]
+    fn debug_shows_nothing_secret() {
+        let key = PrivateKey::generate(KeyAlgorithm::Ed25519).unwrap();
+        let shown = format!("{key:?}");
+        assert!(shown.starts_with("PrivateKey { public_key: PublicKey(ed25519, "), "{shown}");
+        assert!(shown.len() < 100, "{shown}");
+    }
+}

@@ -246,3 +246,116 @@ fn printable(text: &str) -> String {
     const MAX_SHOWN_CHARS: usize = 80;
     text.chars().take(MAX_SHOWN_CHARS).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn dns_names_have_one_form() {
+        let label = "a".repeat(MAX_DNS_LABEL_BYTES);
+        let longest = format!("{label}.{label}.{label}.{}", "a".repeat(MAX_DNS_NAME_BYTES - 3 * 64));
+        for good in ["a", "a.example", "xn--bcher-kva.example", "*.a.example", "1.a", &label, &longest] {
+            assert_eq!(DnsName::parse(good).unwrap().as_str(), good);
+        }
+        assert!(DnsName::parse("*.a.example").unwrap().is_wildcard());
+        let (label, long) = (format!("{label}a"), format!("{longest}a"));
+        for (bad, why) in [
+            ("", "1 to 253"),
+            (long.as_str(), "1 to 253"),
+            (&label, "1 to 63"),
+            ("a..b", "1 to 63"),
+            ("a.example.", "1 to 63"),
+            ("A.example", "may hold only"),
+            ("a b", "may hold only"),
+            ("a\0", "may hold only"),
+            ("b\u{fc}cher", "may hold only"),
+            ("a.*.example", "may hold only"),
+            ("a*.example", "may hold only"),
+            ("-a", "begin or end"),
+            ("a-.example", "begin or end"),
+            ("*.example", "two labels"),
+            ("10.0.0.1", "all digits"),
+        ] {
+            let error = DnsName::parse(bad).unwrap_err();
+            assert!(matches!(&error, NameError::Dns { why: found, .. } if found.contains(why)), "{bad:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn each_list_and_text_is_bounded() {
+        let names = |count| Names { uris: vec!["https://a.example/".to_owned(); count], ..Names::default() };
+        names(MAX_NAMES).check().unwrap();
+        assert!(matches!(names(MAX_NAMES + 1).check(), Err(NameError::TooMany { max: MAX_NAMES, .. })));
+        let names = |count| Names { organizations: vec!["a".to_owned(); count], ..Names::default() };
+        names(MAX_ORGANIZATIONS).check().unwrap();
+        assert!(matches!(names(MAX_ORGANIZATIONS + 1).check(), Err(NameError::TooMany { max: MAX_ORGANIZATIONS, .. })));
+        let longest = "\u{fc}".repeat(MAX_SUBJECT_CHARS);
+        let long = format!("{longest}a");
+        for (text, good) in
+            [("a", true), (&longest, true), (&long, false), ("", false), ("a\nb", false), ("a\0", false)]
+        {
+            let subject = Names { common_name: Some(text.to_owned()), ..Names::default() };
+            assert_eq!(subject.check().is_ok(), good, "{text:?}");
+            let organization = Names { organizations: vec![text.to_owned()], ..Names::default() };
+            assert_eq!(organization.check().is_ok(), good, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn uris_are_absolute_and_a_spiffe_id_is_alone() {
+        let check = |uris: &[&str]| {
+            let uris = uris.iter().map(|uri| (*uri).to_owned()).collect();
+            Names { uris, ..Names::default() }.check()
+        };
+        let longest = format!("https://{}", "a".repeat(MAX_URI_BYTES - "https://".len()));
+        check(&["https://a.example/x?y#z", &longest]).unwrap();
+        check(&["spiffe://example.org/web"]).unwrap();
+        let long = format!("{longest}a");
+        for (uris, why) in [
+            (&[long.as_str()][..], "longer than 2048"),
+            (&["https://a b"], "printable ASCII"),
+            (&["https://a\u{fc}"], "printable ASCII"),
+            (&["a.example"], "absolute"),
+            (&["HTTPS://a"], "lower case"),
+            (&["1a://a"], "lower case"),
+            (&["https:///x"], "authority"),
+            (&["spiffe://example.org/a/../b"], "no SPIFFE ID"),
+            (&["spiffe://example.org"], "needs a path"),
+            (&["https://a", "spiffe://example.org/web"], "no other URI"),
+            (&["spiffe://example.org/a", "spiffe://example.org/b"], "no other URI"),
+        ] {
+            let error = check(uris).unwrap_err();
+            assert!(matches!(&error, NameError::Uri { why: found, .. } if found.contains(why)), "{uris:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_address_has_one_spelling() {
+        assert!(parse_ip("10.0.0.1").is_ok() && parse_ip("2001:db8::1").is_ok());
+        for bad in ["::ffff:10.0.0.1", "fe80::1%eth0", "10.0.0", "a", ""] {
+            assert_eq!(parse_ip(bad), Err(NameError::Ip(bad.to_owned())));
+        }
+    }
+
+    #[test]
+    fn names_are_the_same_whatever_their_order() {
+        let names =
+            |dns: [&str; 2]| Names { dns: dns.map(|name| DnsName::parse(name).unwrap()).into(), ..Names::default() };
+        assert!(names(["a.b", "c.d"]).same_as(&names(["c.d", "a.b"])));
+        assert!(!names(["a.b", "c.d"]).same_as(&names(["a.b", "a.b"])));
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_judged_without_panic_and_kept_as_it_is(text in "\\PC{0,80}|[a-z0-9.*-]{0,40}") {
+            if let Ok(name) = DnsName::parse(&text) {
+                prop_assert_eq!(name.as_str(), &text);
+                prop_assert!(!text[1..].contains('*'));
+            }
+            let _ = Names { uris: vec![text], ..Names::default() }.check();
+        }
+    }
+}

@@ -90,3 +90,22 @@ impl fmt::Display for Usages {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_set_holds_what_was_put_in_and_nothing_else() {
+        for usage in Usage::ALL {
+            assert_eq!(Usage::from_name(usage.name()), Some(usage));
+            let set = Usages::empty().with(usage);
+            assert_eq!(set.iter().collect::<Vec<_>>(), [usage]);
+            assert!(set.minus(set).is_empty());
+        }
+        assert_eq!(Usage::from_name("any"), None);
+        let all: Usages = Usage::ALL.into_iter().collect();
+        assert_eq!(all.minus(Usages::DEFAULT), Usages::empty().with(Usage::KeyEncipherment));
+        assert_eq!(Usages::DEFAULT.to_string(), "digital signature, server auth, client auth");
+    }
+}

@@ -257,3 +257,310 @@ impl ExtendedKeyUsageValidator for AllPurposes {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{
+        BasicConstraints, CertificateParams, CustomExtension, DistinguishedName, DnType, ExtendedKeyUsagePurpose,
+        GeneralSubtree, IsCa, Issuer, KeyUsagePurpose, NameConstraints, SanType,
+    };
+
+    use super::*;
+    use crate::x509::{DnsName, KeyAlgorithm, PrivateKey};
+
+    const LIFETIME: Duration = Duration::from_secs(3600);
+
+    /// A root, an intermediate and a leaf, each of which a test may spoil before it is signed.
+    struct Fixture {
+        now: SystemTime,
+        key: PrivateKey,
+        names: Names,
+        usages: Usages,
+        root: CertificateParams,
+        intermediate: CertificateParams,
+        leaf: CertificateParams,
+    }
+
+    impl Fixture {
+        fn new() -> Self {
+            let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_900_000_000);
+            let mut leaf = CertificateParams::default();
+            leaf.distinguished_name = DistinguishedName::new();
+            leaf.distinguished_name.push(DnType::CommonName, "web");
+            leaf.subject_alt_names = vec![SanType::DnsName("web.example".try_into().unwrap())];
+            leaf.is_ca = IsCa::ExplicitNoCa;
+            leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+            leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+            leaf.not_before = now.into();
+            leaf.not_after = (now + LIFETIME).into();
+            Self {
+                now,
+                key: PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap(),
+                names: Names {
+                    common_name: Some("web".to_owned()),
+                    dns: vec![DnsName::parse("web.example").unwrap()],
+                    ..Names::default()
+                },
+                usages: Usages::DEFAULT,
+                root: ca("root", now),
+                intermediate: ca("intermediate", now),
+                leaf,
+            }
+        }
+
+        fn verify(&self) -> Result<(), VerifyError> {
+            self.verify_chain(|_| ())
+        }
+
+        /// Verifies after `change` has been made to the signed chain: leaf, intermediate, and the root at the end.
+        fn verify_chain(&self, change: impl FnOnce(&mut Vec<Vec<u8>>)) -> Result<(), VerifyError> {
+            let root_key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();
+            let intermediate_key = PrivateKey::generate(KeyAlgorithm::EcdsaP384).unwrap();
+            let root = self.root.self_signed(&root_key).unwrap();
+            let by_root = Issuer::from_params(&self.root, &root_key);
+            let intermediate = self.intermediate.signed_by(&intermediate_key, &by_root).unwrap();
+            let by_intermediate = Issuer::from_params(&self.intermediate, &intermediate_key);
+            let leaf = self.leaf.signed_by(&self.key, &by_intermediate).unwrap();
+            let bundle = Bundle::from_der(vec![root.der().to_vec()]).unwrap();
+            let mut chain = vec![leaf.der().to_vec(), intermediate.der().to_vec(), root.der().to_vec()];
+            change(&mut chain);
+            if chain.last() == Some(&root.der().to_vec()) {
+                chain.pop();
+            }
+            let expected = Expected {
+                names: &self.names,
+                usages: self.usages,
+                public_key: self.key.public_key(),
+                lifetime: LIFETIME,
+                now: self.now,
+            };
+            Chain::from_der(chain).unwrap().verify(&bundle, &expected)
+        }
+    }
+
+    fn ca(name: &str, now: SystemTime) -> CertificateParams {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params.not_before = (now - LIFETIME).into();
+        params.not_after = (now + 10 * LIFETIME).into();
+        params
+    }
+
+    fn extension(oid: &[u64], critical: bool, value: &[u8]) -> CustomExtension {
+        let mut extension = CustomExtension::from_oid_content(oid, value.to_vec());
+        extension.set_criticality(critical);
+        extension
+    }
+
+    #[track_caller]
+    fn check(spoil: impl FnOnce(&mut Fixture), error: VerifyError) {
+        let mut fixture = Fixture::new();
+        spoil(&mut fixture);
+        assert_eq!(fixture.verify(), Err(error));
+    }
+
+    #[test]
+    fn what_was_granted_verifies() {
+        Fixture::new().verify().unwrap();
+    }
+
+    #[test]
+    fn a_certificate_without_extensions_is_refused() {
+        let key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();
+        let algorithm = key.algorithm().signature_identifier();
+        let tbs = yasna::construct_der(|writer| {
+            writer.write_sequence(|fields| {
+                fields.next().write_u8(1);
+                fields.next().write_der(algorithm);
+                fields.next().write_sequence(|_| ());
+                fields.next().write_sequence(|validity| {
+                    for _ in 0..2 {
+                        let time = yasna::models::UTCTime::parse(b"300101000000Z").unwrap();
+                        validity.next().write_utctime(&time);
+                    }
+                });
+                fields.next().write_sequence(|_| ());
+                fields.next().write_der(key.public_key().spki_der());
+            });
+        });
+        let version_1 = yasna::construct_der(|writer| {
+            writer.write_sequence(|fields| {
+                fields.next().write_der(&tbs);
+                fields.next().write_der(algorithm);
+                fields.next().write_bitvec_bytes(&[0], 8);
+            });
+        });
+        assert_eq!(Fixture::new().verify_chain(|chain| chain[0] = version_1), Err(VerifyError::Version));
+    }
+
+    #[test]
+    fn another_key_is_refused() {
+        let other = |fixture: &mut Fixture| {
+            let public_key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();
+            std::mem::replace(&mut fixture.key, public_key)
+        };
+        let mut fixture = Fixture::new();
+        let chain = |chain: &mut Vec<Vec<u8>>| {
+            let mut elsewhere = Fixture::new();
+            other(&mut elsewhere);
+            elsewhere.verify_chain(|signed| *chain = signed.clone()).unwrap();
+        };
+        assert_eq!(fixture.verify_chain(chain), Err(VerifyError::PublicKey));
+        other(&mut fixture);
+        fixture.verify().unwrap();
+    }
+
+    #[test]
+    fn one_name_more_or_less_is_refused() {
+        let dns = |name: &str| SanType::DnsName(name.try_into().unwrap());
+        check(|f| f.leaf.subject_alt_names.push(dns("more.example")), VerifyError::Names);
+        check(|f| f.names.dns.push(DnsName::parse("less.example").unwrap()), VerifyError::Names);
+        check(|f| f.leaf.subject_alt_names[0] = dns("other.example"), VerifyError::Names);
+        check(|f| f.leaf.distinguished_name.push(DnType::OrganizationName, "more"), VerifyError::Names);
+        check(|f| f.names.common_name = None, VerifyError::Names);
+        let kind = FieldError::NameKind { kind: "email" };
+        let email = SanType::Rfc822Name("a@example.org".try_into().unwrap());
+        check(|f| f.leaf.subject_alt_names.push(email), kind.into());
+        let unit = FieldError::SubjectAttribute { oid: "2.5.4.11".to_owned() };
+        check(|f| f.leaf.distinguished_name.push(DnType::OrganizationalUnitName, "unit"), unit.into());
+    }
+
+    #[test]
+    fn alternative_names_are_critical_exactly_without_a_subject() {
+        /// GeneralNames with `web.example`.
+        const NAMES: &[u8] = b"\x30\x0d\x82\x0bweb.example";
+        let critical = |critical| {
+            move |fixture: &mut Fixture| {
+                fixture.leaf.subject_alt_names.clear();
+                fixture.leaf.custom_extensions.push(extension(&[2, 5, 29, 17], critical, NAMES));
+            }
+        };
+        check(critical(true), VerifyError::SanCriticality);
+        let mut fixture = Fixture::new();
+        fixture.leaf.distinguished_name = DistinguishedName::new();
+        fixture.names.common_name = None;
+        fixture.verify().unwrap();
+        critical(false)(&mut fixture);
+        assert_eq!(fixture.verify(), Err(VerifyError::SanCriticality));
+        let twice =
+            |fixture: &mut Fixture| fixture.leaf.custom_extensions.push(extension(&[2, 5, 29, 17], false, NAMES));
+        check(twice, VerifyError::Extension { extension: "subjectAltName" });
+    }
+
+    #[test]
+    fn a_leaf_must_say_that_it_is_no_ca() {
+        check(|f| f.leaf.is_ca = IsCa::NoCa, VerifyError::BasicConstraints);
+        check(|f| f.leaf.is_ca = IsCa::Ca(BasicConstraints::Constrained(0)), VerifyError::BasicConstraints);
+    }
+
+    #[test]
+    fn key_usage_is_present_critical_and_exact() {
+        check(|f| f.leaf.key_usages.clear(), VerifyError::KeyUsage);
+        check(|f| f.leaf.key_usages.push(KeyUsagePurpose::KeyEncipherment), VerifyError::KeyUsage);
+        let cert_sign = FieldError::KeyUsage { names: "Digital Signature, Key Cert Sign".to_owned() };
+        check(|f| f.leaf.key_usages.push(KeyUsagePurpose::KeyCertSign), cert_sign.into());
+        let not_critical = |fixture: &mut Fixture| {
+            fixture.leaf.key_usages.clear();
+            fixture.leaf.custom_extensions.push(extension(&[2, 5, 29, 15], false, &[3, 2, 7, 0x80]));
+        };
+        check(not_critical, VerifyError::KeyUsage);
+        let encipherment = |fixture: &mut Fixture| {
+            fixture.leaf.key_usages.push(KeyUsagePurpose::KeyEncipherment);
+            fixture.usages = fixture.usages.with(Usage::KeyEncipherment);
+        };
+        check(encipherment, VerifyError::KeyEncipherment);
+        let mut rsa = Fixture::new();
+        encipherment(&mut rsa);
+        rsa.key = PrivateKey::generate(KeyAlgorithm::Rsa2048).unwrap();
+        rsa.verify().unwrap();
+    }
+
+    #[test]
+    fn extended_key_usage_is_exact() {
+        check(|f| drop(f.leaf.extended_key_usages.pop()), VerifyError::ExtendedKeyUsage);
+        check(|f| f.leaf.extended_key_usages.clear(), VerifyError::ExtendedKeyUsage);
+        let server_only = Usages::empty().with(Usage::DigitalSignature).with(Usage::ServerAuth);
+        check(|f| f.usages = server_only, VerifyError::ExtendedKeyUsage);
+        let any = |fixture: &mut Fixture| fixture.leaf.extended_key_usages.push(ExtendedKeyUsagePurpose::Any);
+        check(any, FieldError::ExtendedKeyUsage.into());
+    }
+
+    #[test]
+    fn validity_is_within_the_grant_at_the_bound_and_one_second_past_it() {
+        let second = Duration::from_secs(1);
+        for (not_before, not_after, now_after, expected) in [
+            (MAX_BACKDATE, LIFETIME, Duration::ZERO, Ok(())),
+            (MAX_BACKDATE + second, LIFETIME, Duration::ZERO, Err(VerifyError::Backdated)),
+            (Duration::ZERO, LIFETIME + MAX_CLOCK_SKEW, Duration::ZERO, Ok(())),
+            (Duration::ZERO, LIFETIME + MAX_CLOCK_SKEW + second, Duration::ZERO, Err(VerifyError::Lifetime)),
+            (Duration::ZERO, second, second, Err(VerifyError::Expired)),
+        ] {
+            let mut fixture = Fixture::new();
+            fixture.leaf.not_before = (fixture.now - not_before).into();
+            fixture.leaf.not_after = (fixture.now + not_after).into();
+            fixture.now += now_after;
+            assert_eq!(fixture.verify(), expected, "{not_before:?} {not_after:?}");
+        }
+        let mut fixture = Fixture::new();
+        fixture.leaf.not_before = (fixture.now + MAX_CLOCK_SKEW).into();
+        fixture.verify().unwrap();
+        fixture.leaf.not_before = (fixture.now + MAX_CLOCK_SKEW + second).into();
+        assert_eq!(fixture.verify(), Err(VerifyError::NotYetValid));
+    }
+
+    #[test]
+    fn every_intermediate_may_sign() {
+        let error = VerifyError::Intermediate { index: 1 };
+        check(|f| f.intermediate.is_ca = IsCa::ExplicitNoCa, error.clone());
+        check(|f| f.intermediate.key_usages = vec![KeyUsagePurpose::CrlSign], error.clone());
+        check(|f| f.intermediate.key_usages.clear(), error.clone());
+        let not_critical = |fixture: &mut Fixture| {
+            fixture.intermediate.key_usages.clear();
+            fixture.intermediate.custom_extensions.push(extension(&[2, 5, 29, 15], false, &[3, 2, 2, 4]));
+        };
+        check(not_critical, error);
+    }
+
+    #[test]
+    fn the_chain_holds_the_path_and_nothing_else() {
+        let fixture = Fixture::new();
+        let root_last = |chain: &mut Vec<Vec<u8>>| chain.extend([chain[2].clone(), chain[1].clone()]);
+        assert_eq!(fixture.verify_chain(root_last), Err(VerifyError::RootInChain { index: 2 }));
+        let missing = |chain: &mut Vec<Vec<u8>>| drop(chain.remove(1));
+        assert_eq!(fixture.verify_chain(missing), Err(VerifyError::Path(webpki::Error::UnknownIssuer)));
+        let twice = |chain: &mut Vec<Vec<u8>>| chain.insert(1, chain[1].clone());
+        assert_eq!(fixture.verify_chain(twice), Err(VerifyError::Unrelated));
+        let stranger = |chain: &mut Vec<Vec<u8>>| {
+            let elsewhere = Fixture::new();
+            elsewhere.verify_chain(|signed| chain.insert(2, signed[1].clone())).unwrap();
+        };
+        assert_eq!(fixture.verify_chain(stranger), Err(VerifyError::Unrelated));
+    }
+
+    #[test]
+    fn the_path_obeys_its_cas() {
+        let path = |error| VerifyError::Path(error);
+        let constraints = NameConstraints {
+            permitted_subtrees: vec![GeneralSubtree::DnsName("other.example".to_owned())],
+            excluded_subtrees: Vec::new(),
+        };
+        let constrained = constraints.clone();
+        check(|f| f.intermediate.name_constraints = Some(constrained), path(webpki::Error::NameConstraintViolation));
+        check(|f| f.root.name_constraints = Some(constraints), path(webpki::Error::NameConstraintViolation));
+        let mut fixture = Fixture::new();
+        fixture.intermediate.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        assert!(matches!(fixture.verify(), Err(VerifyError::Path(webpki::Error::RequiredEkuNotFoundContext(_)))));
+        fixture.intermediate.extended_key_usages.push(ExtendedKeyUsagePurpose::ClientAuth);
+        fixture.verify().unwrap();
+        let expired = |fixture: &mut Fixture| fixture.root.not_after = (fixture.now - Duration::from_secs(1)).into();
+        check(expired, VerifyError::RootExpired);
+        let mut fixture = Fixture::new();
+        fixture.intermediate.not_after = (fixture.now - Duration::from_secs(1)).into();
+        assert!(matches!(fixture.verify(), Err(VerifyError::Path(webpki::Error::CertExpired { .. }))));
+        let critical = extension(&[1, 2, 3, 4], true, &[5, 0]);
+        check(|f| f.leaf.custom_extensions.push(critical), path(webpki::Error::UnsupportedCriticalExtension));
+    }
+}

@@ -54,12 +54,17 @@ impl Authority {
         Self::new(key, vec![certificate.into()])
     }
 
-    /// Reads a CA: the first certificate is its own, the others stand above it; self-signed ones are roots.
-    pub(super) fn from_pem(key: &[u8], certificates: &[&[u8]]) -> Result<Self, AuthorityError> {
+    /// Reads a CA: the first of `certificates` is its own, the others and those `above` stand above it; self-signed ones
+    /// are roots.
+    pub(super) fn from_pem(key: &[u8], certificates: &[u8], above: &[u8]) -> Result<Self, AuthorityError> {
         let key = PrivateKey::from_pem(key)?;
-        let read = certificates.iter().flat_map(|text| CertificateDer::pem_slice_iter(text));
-        let certificates = read.take(MAX_CHAIN_CERTIFICATES + 1).collect::<Result<Vec<_>, _>>();
-        Self::new(key, certificates.map_err(|_| ChainError::Pem)?)
+        let mut own = CertificateDer::pem_slice_iter(certificates).peekable();
+        if own.peek().is_none() {
+            return Err(ChainError::Empty.into());
+        }
+        let read = own.chain(CertificateDer::pem_slice_iter(above)).take(MAX_CHAIN_CERTIFICATES + 1);
+        let certificates = read.collect::<Result<Vec<_>, _>>().map_err(|_| ChainError::Pem)?;
+        Self::new(key, certificates)
     }
 
     fn new(key: PrivateKey, certificates: Vec<CertificateDer<'static>>) -> Result<Self, AuthorityError> {
@@ -190,4 +195,140 @@ pub enum AuthorityError {
     /// It cannot sign.
     #[error("the CA cannot sign")]
     Sign(#[from] SignError),
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{DnValue, Issuer};
+
+    use super::*;
+
+    const HOUR: Duration = Duration::from_secs(60 * 60);
+
+    fn now() -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(1_900_000_000)
+    }
+
+    fn ca(name: &str) -> CertificateParams {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params.not_before = (now() - HOUR).into();
+        params.not_after = (now() + HOUR).into();
+        params
+    }
+
+    /// PEM of an intermediate's key, of the intermediate and of its root; the intermediate can be changed before signing.
+    fn intermediate(change: impl FnOnce(&mut CertificateParams)) -> [String; 3] {
+        let (root_key, key) = (key(), key());
+        let (root, mut params) = (ca("root"), ca("intermediate"));
+        change(&mut params);
+        let certificate = params.signed_by(&key, &Issuer::from_params(&root, &root_key)).unwrap();
+        [key.to_pem().to_string(), certificate.pem(), root.self_signed(&root_key).unwrap().pem()]
+    }
+
+    fn key() -> PrivateKey {
+        PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap()
+    }
+
+    fn read(key: &str, certificates: &[&str]) -> Result<Authority, AuthorityError> {
+        let (certificate, above) =
+            certificates.split_first().map_or(("", String::new()), |(own, above)| (*own, above.concat()));
+        let authority = Authority::from_pem(key.as_bytes(), certificate.as_bytes(), above.as_bytes())?;
+        authority.prove(now()).map(|()| authority)
+    }
+
+    #[track_caller]
+    fn check(key: &str, certificates: &[&str], error: AuthorityError) {
+        assert_eq!(read(key, certificates).map(|_| ()), Err(error));
+    }
+
+    #[test]
+    fn a_ca_made_here_proves_itself_and_reads_back() {
+        let made = Authority::make(HOUR, now()).unwrap();
+        made.prove(now()).unwrap();
+        let pem = made.to_pem();
+        let read = read(&pem, &[&pem]).unwrap();
+        assert_eq!(read.certificate(), made.certificate());
+        assert_eq!(read.roots(), [made.certificate().clone()]);
+        assert_ne!(Authority::make(HOUR, now()).unwrap().certificate.subject, made.certificate.subject);
+    }
+
+    #[test]
+    fn an_intermediate_signs_with_what_is_above_it() {
+        let [key, certificate, root] = &intermediate(|_| ());
+        let authority = read(key, &[certificate, root]).unwrap();
+        let usages = Usages::DEFAULT;
+        let chain = authority.sign(&Names::default(), usages, authority.key.public_key(), HOUR, now()).unwrap();
+        assert_eq!(chain.certificates()[1..], [authority.certificate().clone()]);
+        assert_eq!(authority.roots().len(), 1);
+    }
+
+    #[test]
+    fn an_issuers_name_is_copied_as_it_is_spelt() {
+        let odd = |params: &mut CertificateParams| {
+            let name = &mut params.distinguished_name;
+            name.push(
+                DnType::CustomDnType(vec![0, 9, 2342, 19200300, 100, 1, 25]),
+                DnValue::Ia5String("dc".try_into().unwrap()),
+            );
+            name.push(DnType::OrganizationName, DnValue::PrintableString("Corp".try_into().unwrap()));
+            name.push(DnType::CommonName, DnValue::BmpString("\u{fc}".try_into().unwrap()));
+        };
+        let [key, certificate, root] = &intermediate(odd);
+        read(key, &[certificate, root]).unwrap();
+    }
+
+    #[test]
+    fn validity_is_cut_to_the_cas_own() {
+        let authority = Authority::make(HOUR, now()).unwrap();
+        let validity = |lifetime, now| {
+            let chain = authority.sign(&Names::default(), Usages::DEFAULT, authority.key.public_key(), lifetime, now);
+            chain.map(|chain| (chain.not_before(), chain.not_after())).unwrap()
+        };
+        let second = Duration::from_secs(1);
+        assert_eq!(validity(HOUR - second, now()), (now() - BACKDATE, now() + HOUR - second));
+        assert_eq!(validity(HOUR, now() + second), (now() + second - BACKDATE, now() + HOUR));
+        assert_eq!(validity(Duration::MAX, now() - BACKDATE), (now() - BACKDATE, now() + HOUR));
+        assert!(authority.is_valid(now() + HOUR - second) && !authority.is_valid(now() + HOUR));
+        assert!(authority.is_valid(now() - BACKDATE) && !authority.is_valid(now() - BACKDATE - second));
+    }
+
+    #[test]
+    fn what_makes_no_ca_is_refused_when_it_is_read() {
+        let [key, certificate, root] = &intermediate(|_| ());
+        check(key, &[root], AuthorityError::KeyMismatch);
+        check(key, &[certificate], AuthorityError::NoRoot);
+        check(key, &[], ChainError::Empty.into());
+        check(key, &["", root], ChainError::Empty.into());
+        check(key, &["-----BEGIN CERTIFICATE-----\n!"], ChainError::Pem.into());
+        check(key, &[&pem::encode("CERTIFICATE", b"garbage")], ChainError::Certificate { index: 0 }.into());
+        let (count, max) = (MAX_CHAIN_CERTIFICATES + 1, MAX_CHAIN_CERTIFICATES);
+        let most = root.repeat(max - 1);
+        read(key, &[certificate, &most]).unwrap();
+        check(key, &[certificate, &most, root], ChainError::TooMany { count, max }.into());
+        check("no key", &[certificate, root], KeyError::NoKey.into());
+
+        let [key, certificate, root] = &intermediate(|params| params.is_ca = IsCa::ExplicitNoCa);
+        check(key, &[certificate, root], AuthorityError::NotCa);
+        let [key, certificate, root] = &intermediate(|params| params.key_usages = vec![KeyUsagePurpose::CrlSign]);
+        check(key, &[certificate, root], AuthorityError::NotCa);
+        let [key, certificate, root] = &intermediate(|params| params.not_after = now().into());
+        check(key, &[certificate, root], AuthorityError::Expired);
+        let [key, certificate, root] = &intermediate(|params| params.not_before = (now() + HOUR / 2).into());
+        check(key, &[certificate, root], AuthorityError::NotYetValid);
+        let [key, certificate, _] = &intermediate(|_| ());
+        let error = VerifyError::Path(webpki::Error::InvalidSignatureForPublicKey);
+        check(key, &[certificate, root], AuthorityError::Unproven(error));
+    }
+
+    #[test]
+    fn a_certificate_needs_a_key_usage() {
+        let authority = Authority::make(HOUR, now()).unwrap();
+        let usages = Usages::empty().with(Usage::ServerAuth);
+        let signed = authority.sign(&Names::default(), usages, authority.key.public_key(), HOUR, now());
+        assert_eq!(signed.map(|_| ()), Err(SignError::NoKeyUsage));
+    }
 }

@@ -2,7 +2,11 @@
 
 use std::{fs, os::unix::fs::MetadataExt as _, path::PathBuf, time::SystemTime};
 
-use super::{EmbeddedError, authority::Authority, store};
+use super::{
+    EmbeddedError,
+    authority::{Authority, AuthorityError},
+    store,
+};
 
 /// The files and how they looked when they were last read.
 #[derive(Debug)]
@@ -40,9 +44,12 @@ impl Files {
         let chain = self.chain.as_deref().map(store::read).transpose()?.unwrap_or_default();
         // Taken before reading: a change in between is seen next time.
         self.seen = stamps;
-        let authority = Authority::from_pem(&key, &[&certificate, &chain]);
+        let authority = Authority::from_pem(&key, &certificate, &chain);
         let proven = authority.and_then(|authority| authority.prove(now).map(|()| authority));
-        proven.map(Some).map_err(|source| EmbeddedError::Authority { path: self.certificate.clone(), source })
+        proven.map(Some).map_err(|source| {
+            let path = if matches!(source, AuthorityError::Key(_)) { &self.key } else { &self.certificate };
+            EmbeddedError::Authority { path: path.clone(), source }
+        })
     }
 }
 

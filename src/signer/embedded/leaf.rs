@@ -192,3 +192,118 @@ fn extension(list: &mut DERWriterSeq<'_>, oid: &[u64], critical: bool, value: im
 fn write_oid(writer: DERWriter<'_>, oid: &[u64]) {
     writer.write_oid(&ObjectIdentifier::from_slice(oid));
 }
+
+#[cfg(test)]
+mod tests {
+    use x509_parser::{asn1_rs::Tag as Asn1Tag, prelude::*};
+
+    use super::*;
+    use crate::x509::{DnsName, KeyAlgorithm};
+
+    const ISSUER: &[u8] = &[0x30, 0];
+    const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+    fn names() -> Names {
+        Names {
+            common_name: Some("web".to_owned()),
+            organizations: vec!["one".to_owned(), "two".to_owned()],
+            dns: vec![DnsName::parse("web.example").unwrap()],
+            ips: vec!["10.0.0.1".parse().unwrap(), "2001:db8::1".parse().unwrap()],
+            uris: vec!["spiffe://example.org/web".to_owned()],
+        }
+    }
+
+    fn check(names: &Names, usages: Usages, not_before: SystemTime, judge: impl FnOnce(&X509Certificate<'_>)) {
+        let key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();
+        let (public_key, not_after) = (key.public_key(), not_before + DAY);
+        let leaf = Leaf { names, usages, public_key, not_before, not_after, issuer: ISSUER, issuer_key_id: &[7; 20] };
+        let der = leaf.sign(&key).unwrap();
+        let (rest, certificate) = X509Certificate::from_der(&der).unwrap();
+        assert!(rest.is_empty());
+        certificate.verify_signature(Some(certificate.public_key())).unwrap();
+        judge(&certificate);
+    }
+
+    #[test]
+    fn the_profile_is_kept() {
+        check(&names(), Usages::DEFAULT, SystemTime::UNIX_EPOCH + 20_000 * DAY, |leaf| {
+            assert_eq!(leaf.version(), X509Version::V3);
+            assert_eq!(leaf.issuer().as_raw(), ISSUER);
+            let subject = leaf.subject();
+            assert_eq!(subject.to_string(), "O=one, O=two, CN=web");
+            assert!(subject.iter_attributes().all(|attribute| attribute.attr_value().tag() == Asn1Tag::Utf8String));
+            let extensions: Vec<_> = leaf.extensions().iter().map(|e| (e.oid.to_id_string(), e.critical)).collect();
+            let expected = [
+                ("2.5.29.35", false),
+                ("2.5.29.14", false),
+                ("2.5.29.15", true),
+                ("2.5.29.37", false),
+                ("2.5.29.19", true),
+                ("2.5.29.17", false),
+            ];
+            assert_eq!(extensions, expected.map(|(oid, critical)| (oid.to_owned(), critical)));
+            // Present and empty.
+            assert_eq!(leaf.extensions()[4].value, [0x30, 0]);
+            let ParsedExtension::AuthorityKeyIdentifier(id) = leaf.extensions()[0].parsed_extension() else { panic!() };
+            assert_eq!(id.key_identifier.as_ref().unwrap().0, [7; 20]);
+        });
+    }
+
+    #[test]
+    fn alternative_names_are_critical_without_a_subject_and_absent_without_names() {
+        let only_dns = Names { dns: names().dns, ..Names::default() };
+        check(&only_dns, Usages::DEFAULT, SystemTime::UNIX_EPOCH, |leaf| {
+            assert!(leaf.subject_alternative_name().unwrap().unwrap().critical);
+        });
+        let only_subject = Names { common_name: Some("web".to_owned()), ..Names::default() };
+        check(&only_subject, Usages::DEFAULT, SystemTime::UNIX_EPOCH, |leaf| {
+            assert_eq!(leaf.subject_alternative_name(), Ok(None));
+        });
+    }
+
+    #[test]
+    fn usages_are_written_as_granted() {
+        use Usage::{ClientAuth, DigitalSignature, KeyEncipherment, ServerAuth};
+        for (usages, value) in [
+            (vec![DigitalSignature], &[3, 2, 7, 0b1000_0000][..]),
+            (vec![KeyEncipherment, ServerAuth], &[3, 2, 5, 0b0010_0000]),
+            (vec![DigitalSignature, KeyEncipherment, ClientAuth], &[3, 2, 5, 0b1010_0000]),
+        ] {
+            let set: Usages = usages.iter().copied().collect();
+            check(&names(), set, SystemTime::UNIX_EPOCH, |leaf| {
+                assert_eq!(leaf.extensions()[2].value, value);
+                let purposes = leaf.extended_key_usage().unwrap();
+                let (server, client) = purposes.map_or((false, false), |p| (p.value.server_auth, p.value.client_auth));
+                assert_eq!((server, client), (usages.contains(&ServerAuth), usages.contains(&ClientAuth)));
+            });
+        }
+    }
+
+    #[test]
+    fn times_turn_to_generalized_time_with_the_year_2050() {
+        let last = SystemTime::from(OffsetDateTime::from_unix_timestamp(2_524_607_999).unwrap());
+        for (time, generalized) in [(last - DAY, [false, false]), (last, [false, true]), (last + DAY, [true, true])] {
+            check(&names(), Usages::DEFAULT, time + Duration::from_millis(999), |leaf| {
+                let validity = leaf.validity();
+                assert_eq!(
+                    [validity.not_before.is_generalizedtime(), validity.not_after.is_generalizedtime()],
+                    generalized
+                );
+                let since_epoch = time.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+                assert_eq!(validity.not_before.timestamp() as u64, since_epoch);
+            });
+        }
+    }
+
+    #[test]
+    fn serials_are_positive_and_differ() {
+        let mut seen = std::collections::HashSet::new();
+        for _ in 0..64 {
+            check(&names(), Usages::DEFAULT, SystemTime::UNIX_EPOCH, |leaf| {
+                let serial = leaf.raw_serial();
+                assert!(serial[0] < 0x80 && serial.len() <= SERIAL_BYTES + 1 && serial.iter().any(|byte| *byte != 0));
+                assert!(seen.insert(serial.to_vec()));
+            });
+        }
+    }
+}

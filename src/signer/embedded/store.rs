@@ -78,7 +78,8 @@ impl Store {
             }
         }
         found.activated.sort();
-        found.next = announced.into_iter().max();
+        let newest = found.activated.last().map_or(0, |(number, _)| *number);
+        found.next = announced.into_iter().max().filter(|(number, _)| *number > newest);
         Ok(found)
     }
 
@@ -101,18 +102,32 @@ impl Store {
         })
     }
 
-    /// Lets an announced CA sign.
+    /// Lets an announced CA sign. When only the sync failed last time, there is nothing left to rename.
     pub(super) fn activate(&self, number: u64) -> Result<(), EmbeddedError> {
         let (from, to) = (self.path("next-", number), self.path("ca-", number));
-        let renamed = fs::rename(&from, &to).and_then(|()| self.handle.sync_all());
-        renamed.map_err(|source| EmbeddedError::Io { action: "rename", path: from, source })
+        let renamed = match fs::rename(&from, &to) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && to.exists() => Ok(()),
+            renamed => renamed,
+        };
+        renamed.and_then(|()| self.handle.sync_all()).map_err(|source| EmbeddedError::Io {
+            action: "rename",
+            path: from,
+            source,
+        })
     }
 
     /// Removes a CA that has ended.
     pub(super) fn retire(&self, number: u64) -> Result<(), EmbeddedError> {
         let path = self.path("ca-", number);
-        let removed = fs::remove_file(&path).and_then(|()| self.handle.sync_all());
-        removed.map_err(|source| EmbeddedError::Io { action: "remove", path, source })
+        let removed = match fs::remove_file(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed,
+        };
+        removed.and_then(|()| self.handle.sync_all()).map_err(|source| EmbeddedError::Io {
+            action: "remove",
+            path,
+            source,
+        })
     }
 
     fn path(&self, prefix: &str, number: u64) -> PathBuf {
@@ -167,4 +182,129 @@ fn number(name: &str, prefix: &str) -> Option<u64> {
     let digits = name.strip_prefix(prefix)?.strip_suffix(".pem")?;
     let number = digits.parse().ok()?;
     (format!("{number}") == digits).then_some(number)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().mode() & 0o7777
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        let mut names: Vec<_> =
+            fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn nobody_else_can_read_what_is_stored() {
+        let parent = tempfile::tempdir().unwrap();
+        let dir = parent.path().join("a/b");
+        let store = Store::open(&dir).unwrap();
+        store.announce(1, "secret").unwrap();
+        assert_eq!((mode(&dir), mode(&dir.join("next-1.pem"))), (DIR_MODE, FILE_MODE));
+        store.activate(1).unwrap();
+        store.activate(1).unwrap();
+        assert_eq!((names(&dir), mode(&dir.join("ca-1.pem"))), (vec!["ca-1.pem".to_owned()], FILE_MODE));
+        store.retire(1).unwrap();
+        store.retire(1).unwrap();
+        assert!(names(&dir).is_empty());
+        assert!(matches!(store.activate(1), Err(EmbeddedError::Io { action: "rename", .. })));
+    }
+
+    #[test]
+    fn what_a_crash_left_aside_is_removed_and_foreign_files_are_not() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in [
+            ".csrd-3",
+            "next-10.pem",
+            "ca-2.pem",
+            "ca-10.pem",
+            "next-11.pem",
+            "ca-01.pem",
+            "ca-x.pem",
+            "ca-1.pem.bak",
+            "notes",
+        ] {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        let store = Store::open(dir.path()).unwrap();
+        let found = store.find().unwrap();
+        let numbers = |list: &[(u64, PathBuf)]| list.iter().map(|(number, _)| *number).collect::<Vec<_>>();
+        assert_eq!(numbers(&found.activated), [2, 10]);
+        assert_eq!(found.next, Some((11, dir.path().join("next-11.pem"))));
+        // What has been activated is not announced any more.
+        fs::remove_file(dir.path().join("next-11.pem")).unwrap();
+        assert_eq!(store.find().unwrap().next, None);
+        assert_eq!(names(dir.path()).len(), 7);
+    }
+
+    #[test]
+    fn a_failed_write_leaves_nothing_and_can_be_tried_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let blocker = dir.path().join("next-1.pem");
+        fs::create_dir(&blocker).unwrap();
+        let error = store.announce(1, "secret").unwrap_err();
+        assert!(error.to_string().starts_with(&format!("cannot write {}", blocker.display())), "{error}");
+        fs::remove_dir(&blocker).unwrap();
+        assert!(names(dir.path()).is_empty());
+        store.announce(1, "secret").unwrap();
+    }
+
+    #[test]
+    fn a_folder_is_opened_by_one_process_and_written_by_its_owner_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = Store::open(dir.path()).unwrap();
+        assert!(matches!(Store::open(dir.path()), Err(EmbeddedError::InUse { .. })));
+        drop(first);
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o770)).unwrap();
+        assert!(matches!(Store::open(dir.path()), Err(EmbeddedError::FolderMode { mode: 0o770, .. })));
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        Store::open(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn a_path_that_cannot_be_a_folder_is_named() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for path in [file.path().to_owned(), file.path().join("below")] {
+            let error = Store::open(&path).unwrap_err();
+            assert!(matches!(&error, EmbeddedError::Io { action: "create", .. }), "{error}");
+            assert!(error.to_string().contains(&path.display().to_string()), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_key_that_others_can_read_is_refused() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for (mode, good) in [(0o600, true), (0o400, true), (0o640, false), (0o604, false), (0o620, false)] {
+            fs::set_permissions(file.path(), fs::Permissions::from_mode(mode)).unwrap();
+            match read_secret(file.path()) {
+                Ok(_) => assert!(good, "{mode:o}"),
+                Err(EmbeddedError::KeyMode { mode: found, .. }) => assert_eq!((found, good), (mode, false)),
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    #[test]
+    fn only_regular_files_within_the_bound_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(matches!(read(dir.path()), Err(EmbeddedError::NoFile { .. })));
+        let pipe = dir.path().join("pipe");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        assert!(matches!(read(&pipe), Err(EmbeddedError::NoFile { .. })));
+        let path = dir.path().join("file");
+        let file = File::create(&path).unwrap();
+        file.set_len(MAX_FILE_BYTES).unwrap();
+        assert_eq!(read(&path).unwrap().len() as u64, MAX_FILE_BYTES);
+        file.set_len(MAX_FILE_BYTES + 1).unwrap();
+        assert!(matches!(read(&path), Err(EmbeddedError::TooLong { bytes, .. }) if bytes == MAX_FILE_BYTES + 1));
+        assert!(matches!(read(&dir.path().join("none")), Err(EmbeddedError::Io { action: "read", .. })));
+    }
 }

@@ -8,6 +8,7 @@ pub mod agent;
 pub mod completion;
 pub mod demo;
 pub mod issue;
+pub mod policy;
 pub mod request;
 pub mod status;
 pub mod watch;
@@ -51,6 +52,7 @@ enum Command {
     Watch(watch::Args),
     Whoami(whoami::Args),
     Status(status::Args),
+    Policy(policy::Args),
     Completion(completion::Args),
 }
 
@@ -107,6 +109,7 @@ impl Command {
             Self::Watch(args) => traced(watch::run(args)).await,
             Self::Whoami(args) => traced(whoami::run(args)).await,
             Self::Status(args) => traced(status::run(args)).await,
+            Self::Policy(args) => policy::run(args),
             Self::Completion(args) => completion::run(args, <Cli as clap::CommandFactory>::command()),
         }
     }

@@ -316,3 +316,490 @@ fn clipped_bytes(mut text: String, max_bytes: usize) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::x509::{DnsName, Usage, name::parse_ip};
+
+    /// A policy named `name` for uid 1000; `spec` lines are indented by two spaces.
+    fn policy(name: &str, spec: &str) -> String {
+        format!(
+            "apiVersion: csrd.dev/v1alpha1\nkind: CertificatePolicy\nmetadata: {{name: {name}}}\nspec:\n  \
+             match: {{unix: {{uids: [1000]}}}}\n{spec}\n---\n"
+        )
+    }
+
+    fn parse(text: &str) -> Result<PolicySet, String> {
+        let source = Source { origin: "p.yaml".to_owned(), text: text.to_owned() };
+        let lines = |problems: Vec<Problem>| problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+        PolicySet::parse(&[source]).map_err(lines)
+    }
+
+    fn set(text: &str) -> PolicySet {
+        parse(text).unwrap_or_else(|problems| panic!("{problems}\n{text}"))
+    }
+
+    fn facts() -> UnixFacts {
+        UnixFacts {
+            uid: 1000,
+            gid: 100,
+            supplementary_gids: vec![33],
+            user: Some("web".to_owned()),
+            group: None,
+            executable: Some("/usr/bin/web".to_owned()),
+            executable_sha256: None,
+            systemd_unit: Some("web@1.service".to_owned()),
+            cgroup: None,
+        }
+    }
+
+    fn web() -> Workload {
+        Workload::for_test(facts())
+    }
+
+    /// An ask for names given as `cn=`, `o=`, `dns=`, `ip=` and `uri=` words.
+    fn ask(words: &str) -> Ask {
+        let mut names = Names::default();
+        for word in words.split_whitespace() {
+            match word.split_once('=').unwrap() {
+                ("cn", value) => names.common_name = Some(value.to_owned()),
+                ("o", value) => names.organizations.push(value.to_owned()),
+                ("dns", value) => names.dns.push(DnsName::parse(value).unwrap()),
+                ("ip", value) => names.ips.push(parse_ip(value).unwrap()),
+                ("uri", value) => names.uris.push(value.to_owned()),
+                (kind, _) => panic!("{kind}"),
+            }
+        }
+        let key = KeyAlgorithm::EcdsaP256;
+        Ask { names, usages: Usages::DEFAULT, key, lifetime: None, signer: None, policy: None }
+    }
+
+    fn granted(policies: &PolicySet, ask: &Ask) -> Grant {
+        decide(policies, &web(), ask).unwrap_or_else(|denial| panic!("{denial}\n{ask:?}"))
+    }
+
+    fn denied(policies: &PolicySet, ask: &Ask, reason: &str) -> String {
+        let denial = decide(policies, &web(), ask).map(|grant| panic!("{grant:?}")).unwrap_err();
+        assert_eq!(denial.reason(), reason, "{denial}");
+        denial.to_string()
+    }
+
+    const ALLOW: &str = "
+  allow:
+    commonNames: ['{unix.user}.example.org']
+    organizations: [Example, 'Group {unix.group}']
+    dnsNames: [web.example.org, '*.web.example.org', '{unix.user}.example.org']
+    wildcardDnsNames: ['*.apps.example.org']
+    ipAddresses: [10.0.0.0/8, 127.0.0.1, '2001:db8::/32']
+    uris: ['spiffe://example.org/host/{unix.uid}', 'https://example.org/*']
+    lifetime: {min: 10m, default: 1h, max: 24h}";
+
+    #[test]
+    fn each_kind_of_name_is_judged_by_its_own_list() {
+        let policies = set(&policy("web", ALLOW));
+        for words in [
+            "cn=web.example.org",
+            "o=Example dns=web.example.org",
+            "dns=web.example.org dns=a.web.example.org",
+            "dns=*.apps.example.org",
+            "ip=10.255.0.1 ip=127.0.0.1 ip=2001:db8::1",
+            "uri=spiffe://example.org/host/1000",
+            "uri=https://example.org/a",
+        ] {
+            let ask = ask(words);
+            let grant = granted(&policies, &ask);
+            assert_eq!((grant.names(), grant.policy(), grant.signer()), (&ask.names, "web", "embedded"));
+            assert_eq!((grant.usages(), grant.key()), (ask.usages, ask.key));
+            assert_eq!(grant.lifetime(), Duration::from_secs(3600));
+        }
+        for words in [
+            "cn=db.example.org",
+            "cn=web.example.org o=Other",
+            "o=Group",
+            "dns=db.example.org",
+            "dns=web.example.org dns=db.example.org",
+            "dns=a.b.web.example.org",
+            "dns=*.web.example.org",
+            "dns=a.apps.example.org",
+            "ip=11.0.0.1",
+            "ip=127.0.0.2",
+            "ip=2001:db9::1",
+            "uri=spiffe://example.org/host/1001",
+            "uri=spiffe://example.org/host/1000/x",
+            "uri=https://example.org/a/b",
+            "uri=https://example.org/..",
+        ] {
+            denied(&policies, &ask(words), "NAME_NOT_ALLOWED");
+        }
+    }
+
+    #[test]
+    fn what_is_absent_from_allow_is_not_allowed() {
+        let policies = set(&policy("web", ""));
+        for words in ["cn=a", "o=a", "dns=a", "ip=127.0.0.1", "uri=spiffe://a/b", "dns=*.a.b"] {
+            denied(&policies, &ask(words), "NAME_NOT_ALLOWED");
+        }
+        denied(&PolicySet::default(), &ask("dns=a"), "NO_POLICY_MATCHES");
+    }
+
+    #[test]
+    fn usages_keys_lifetime_and_signer_are_judged() {
+        let policies = set(&policy("web", "  allow: {dnsNames: [a], lifetime: {min: 10m, max: 2h}}"));
+        let ask = ask("dns=a");
+        let with = |change: fn(&mut Ask)| {
+            let mut ask = ask.clone();
+            change(&mut ask);
+            ask
+        };
+        for key in [KeyAlgorithm::EcdsaP384, KeyAlgorithm::Ed25519] {
+            assert_eq!(granted(&policies, &Ask { key, ..ask.clone() }).key(), key);
+        }
+        granted(&policies, &with(|ask| ask.lifetime = Some(Duration::from_secs(600))));
+        granted(&policies, &with(|ask| ask.lifetime = Some(Duration::from_secs(7200))));
+        granted(&policies, &with(|ask| ask.signer = Some("embedded".to_owned())));
+        granted(&policies, &with(|ask| ask.usages = Usages::empty().with(Usage::ClientAuth)));
+        denied(&policies, &with(|ask| ask.key = KeyAlgorithm::Rsa2048), "KEY_NOT_ALLOWED");
+        denied(&policies, &with(|ask| ask.lifetime = Some(Duration::from_secs(599))), "LIFETIME_NOT_ALLOWED");
+        denied(&policies, &with(|ask| ask.lifetime = Some(Duration::from_secs(7201))), "LIFETIME_NOT_ALLOWED");
+        denied(&policies, &with(|ask| ask.signer = Some("a.b/c".to_owned())), "SIGNER_NOT_ALLOWED");
+        denied(&policies, &with(|ask| ask.usages = Usages::empty()), "USAGE_NOT_ALLOWED");
+        let encipher = with(|ask| ask.usages = Usages::DEFAULT.with(Usage::KeyEncipherment));
+        denied(&policies, &encipher, "USAGE_NOT_ALLOWED");
+        let rsa = "  allow: {dnsNames: [a], keys: [rsa-2048, ecdsa-p256], usages: [digital signature, key encipherment,
+            server auth, client auth]}";
+        let policies = set(&policy("web", rsa));
+        granted(&policies, &Ask { key: KeyAlgorithm::Rsa2048, ..encipher.clone() });
+        let why = denied(&policies, &encipher, "USAGE_NOT_ALLOWED");
+        assert_eq!(why, "policy web: usages: key encipherment needs an RSA key, not ecdsa-p256");
+    }
+
+    #[test]
+    fn one_policy_must_allow_all_of_it_and_the_first_by_name_wins() {
+        let policies = set(&[
+            policy("b", "  signer: b.example.org/b\n  allow: {dnsNames: [b, ab]}"),
+            policy("a", "  allow: {dnsNames: [a, ab]}"),
+        ]
+        .concat());
+        assert_eq!(granted(&policies, &ask("dns=a")).policy(), "a");
+        assert_eq!(granted(&policies, &ask("dns=ab")).policy(), "a");
+        assert_eq!(granted(&policies, &ask("dns=b")).signer(), "b.example.org/b");
+        assert_eq!(granted(&policies, &Ask { policy: Some("b".to_owned()), ..ask("dns=ab") }).policy(), "b");
+        denied(&policies, &ask("dns=a dns=b"), "NAME_NOT_ALLOWED");
+        let other = Ask { policy: Some("a".to_owned()), ..ask("dns=b") };
+        assert!(!denied(&policies, &other, "NAME_NOT_ALLOWED").contains("policy b"));
+        assert_eq!(policies.signers(), BTreeSet::from(["b.example.org/b", "embedded"]));
+        assert_eq!((policies.len(), policies.is_empty()), (2, false));
+    }
+
+    #[test]
+    fn every_clause_of_a_match_must_hold() {
+        let matches = |clauses: &str| {
+            let text = policy("web", "  allow: {dnsNames: [a]}").replace("uids: [1000]", clauses);
+            decide(&set(&text), &web(), &ask("dns=a")).is_ok()
+        };
+        for clauses in [
+            "uids: [7, 1000]",
+            "users: [web]",
+            "gids: [100]",
+            "gids: [33]",
+            "systemdUnits: ['web@*.service']",
+            "uids: [1000], executables: [/usr/bin/web]",
+            "uids: [1000], executables: [/bin/x, '/usr/*/web']",
+            "uids: [1000], users: [web], gids: [33], executables: ['/usr/bin/*'], systemdUnits: [web@1.service]",
+        ] {
+            assert!(matches(clauses), "{clauses}");
+        }
+        let zeros = format!("uids: [1000], executableSha256: ['{}']", "0".repeat(64));
+        for clauses in [
+            "uids: [7]",
+            "users: [db]",
+            "gids: [1000]",
+            "systemdUnits: [web.service]",
+            "uids: [1000], executables: [/usr/bin]",
+            "uids: [1000], executables: ['/*/web']",
+            "uids: [1000], users: [db]",
+            &zeros,
+        ] {
+            assert!(!matches(clauses), "{clauses}");
+        }
+    }
+
+    const OFFERS: &str = "
+  allow: {usages: [digital signature, client auth], keys: [ed25519]}
+  offer:
+  - {spiffeId: 'spiffe://example.org/user/{unix.user}', dnsNames: ['{unix.user}.example.org'], hint: internal}
+  - {dnsNames: ['{unix.group}.example.org']}
+  - {spiffeId: 'spiffe://example.org/other'}";
+
+    #[test]
+    fn offers_are_granted_unasked_and_allowed_when_asked() {
+        let policies = set(&[policy("a", OFFERS), policy("b", &OFFERS.replace("org/user", "org/b"))].concat());
+        let offers = offers(&policies, &web());
+        let summary: Vec<_> = offers
+            .iter()
+            .map(|offer| (offer.grant.policy(), offer.grant.names().to_strings().join(" "), offer.hint.as_str()))
+            .collect();
+        assert_eq!(
+            summary,
+            [
+                ("a", "web.example.org spiffe://example.org/user/web".to_owned(), "internal"),
+                ("a", "spiffe://example.org/other".to_owned(), ""),
+                ("b", "web.example.org spiffe://example.org/b/web".to_owned(), ""),
+                ("b", "spiffe://example.org/other".to_owned(), ""),
+            ]
+        );
+        assert_eq!(offers[0].grant.key(), KeyAlgorithm::Ed25519);
+        assert_eq!(offers[0].grant.usages().to_string(), "digital signature, client auth");
+        let client = Usages::empty().with(Usage::ClientAuth);
+        let unasked = Ask { key: KeyAlgorithm::Ed25519, usages: client, ..ask("") };
+        assert_eq!(granted(&policies, &unasked).names(), offers[0].grant.names());
+        let asked = Ask { names: ask("uri=spiffe://example.org/other").names, ..unasked.clone() };
+        granted(&policies, &asked);
+        // The rest of the ask is judged all the same.
+        denied(&policies, &ask(""), "POLICY_DENIED");
+        denied(&policies, &Ask { names: ask("uri=spiffe://example.org/user/db").names, ..unasked }, "NAME_NOT_ALLOWED");
+        assert_eq!(super::offers(&policies, &Workload::of_uid(7)), []);
+    }
+
+    #[test]
+    fn a_policy_without_a_usable_first_offer_offers_nothing() {
+        let why = |offer: &str| denied(&set(&policy("web", offer)), &ask(""), "NOTHING_OFFERED");
+        assert_eq!(why(""), "policy web: it offers nothing unasked; say which names you need");
+        let absent = why("  offer: [{dnsNames: ['{unix.group}.example.org']}, {dnsNames: [a]}]");
+        assert_eq!(absent, "policy web: its first offer is void: the caller has no unix.group");
+        // 63 bytes in each of three labels and 5 in the slot's: 254 with the fact, one too many.
+        let long = ["a", "b", "c"].map(|label| label.repeat(63)).join(".");
+        let long = format!("  offer: [{{dnsNames: ['{}{{unix.uid}}.{long}']}}]", "x".repeat(58));
+        assert_eq!(why(&long), "policy web: its first offer is void: a name is too long");
+        assert_eq!(offers(&set(&policy("web", &long)), &web()), []);
+        let policies = set(&[policy("a", ""), policy("b", "  offer: [{dnsNames: [b]}]")].concat());
+        assert_eq!(granted(&policies, &ask("")).policy(), "b");
+    }
+
+    #[test]
+    fn denials_say_which_policy_refused_what() {
+        let rules = "  rules: [{expression: 'size(request.dnsNames) <= 1', message: at most one DNS name}]\n";
+        let policies = set(&[
+            policy(
+                "web",
+                &ALLOW.replace("'{unix.user}.example.org']\n    wild", "'{unix.group}.example.org']\n    wild"),
+            ),
+            policy("small", &format!("{rules}  allow: {{dnsNames: ['*']}}").replace("'*'", "'*.org'")),
+            policy("db", "  allow: {dnsNames: [secret]}").replace("1000", "70"),
+        ]
+        .concat());
+        let text = denied(&policies, &ask("dns=db.example.org o=Evil ip=8.8.8.8"), "NAME_NOT_ALLOWED");
+        insta::assert_snapshot!(text, @r#"policy small: organizations: "Evil" is refused, it allows none; dnsNames: "db.example.org" is refused, it matches none of its entries; ipAddresses: 8.8.8.8 is in none of its networks | policy web: organizations: "Evil" is refused, it matches none of its entries ("Group {unix.group}" grants nothing: the caller has no unix.group); dnsNames: "db.example.org" is refused, it matches none of its entries ("{unix.group}.example.org" grants nothing: the caller has no unix.group); ipAddresses: 8.8.8.8 is in none of its networks"#);
+        let small = Ask { policy: Some("small".to_owned()), ..ask("dns=a.org dns=b.org") };
+        insta::assert_snapshot!(denied(&policies, &small, "RULE_NOT_MET"), @"policy small: rule not met: at most one DNS name");
+        let mut several = ask("dns=a.b.org");
+        several.key = KeyAlgorithm::Rsa4096;
+        several.usages = Usages::empty().with(Usage::KeyEncipherment);
+        several.lifetime = Some(Duration::from_secs(90_000));
+        several.signer = Some("x".to_owned());
+        several.policy = Some("small".to_owned());
+        insta::assert_snapshot!(denied(&policies, &several, "POLICY_DENIED"), @r#"policy small: dnsNames: "a.b.org" is refused, it matches none of its entries; usages: key encipherment not among its usages; key rsa-4096 is not among its keys; lifetime 25h is more than its max, 24h; signer "x" is not its signer"#);
+    }
+
+    #[test]
+    fn a_policy_of_somebody_else_reads_like_none() {
+        let policies = set(&policy("db", "").replace("1000", "70"));
+        let named =
+            |name: &str| denied(&policies, &Ask { policy: Some(name.to_owned()), ..ask("") }, "NO_POLICY_MATCHES");
+        assert_eq!(named("db"), r#"no policy named "db" matches uid 1000 (web) /usr/bin/web"#);
+        assert_eq!(named("none"), r#"no policy named "none" matches uid 1000 (web) /usr/bin/web"#);
+        let text = denied(&policies, &ask("dns=a"), "NO_POLICY_MATCHES");
+        assert_eq!(text, "no policy matches uid 1000 (web) /usr/bin/web; csrd whoami says why for each of them");
+    }
+
+    #[test]
+    fn a_denial_is_bounded_and_printable() {
+        let many: String = (0..20).map(|i| policy(&format!("p{i}"), "")).collect();
+        let text = denied(&set(&many), &ask("dns=a.b.c.d dns=b.c uri=https://a/b%0a"), "NAME_NOT_ALLOWED");
+        assert_eq!((text.len(), text.chars().last()), (MAX_DENIAL_BYTES, Some('…')));
+        let hostile = Workload::for_test(UnixFacts { executable: Some("/tmp/\n\u{1b}[31m".to_owned()), ..facts() });
+        let text = decide(&PolicySet::default(), &hostile, &ask("dns=a")).unwrap_err().to_string();
+        assert!(!text.contains(char::is_control), "{text:?}");
+    }
+
+    #[test]
+    fn a_view_tells_the_caller_its_own_part() {
+        let web = policy("web", &(ALLOW.to_owned() + "\n" + &OFFERS[OFFERS.find("  offer").unwrap()..]));
+        let ruled = policy("ruled", "  rules: [{expression: 'false', message: never}]\n  offer: [{dnsNames: [a]}]");
+        let views = views(&set(&[web, ruled, policy("db", "").replace("1000", "70")].concat()), &self::web());
+        let lines = views.iter().flat_map(|view| {
+            let head = format!("{} {} {}", view.policy, view.matches, view.mismatch);
+            let grants = view.grants.iter().map(|line| format!("  grants {line}"));
+            let offers = view.offers.iter().map(|line| format!("  offers {line}"));
+            std::iter::once(head).chain(grants).chain(offers).collect::<Vec<_>>()
+        });
+        insta::assert_snapshot!(lines.collect::<Vec<_>>().join("\n"), @r#"
+        db false uid 1000 is not among its uids
+        ruled true 
+          grants usages: digital signature, server auth, client auth
+          grants keys: ecdsa-p256, ecdsa-p384, ed25519
+          grants lifetime: 5m to 24h, 1h unless asked
+          grants signer: embedded
+          grants rules: never
+          offers a: refused: rule not met: never
+        web true 
+          grants common names: web.example.org
+          grants organizations: Example, Group {unix.group} (grants nothing: the caller has no unix.group)
+          grants DNS names: web.example.org, *.web.example.org, web.example.org
+          grants wildcard DNS names: *.apps.example.org
+          grants URIs: spiffe://example.org/host/1000, https://example.org/*
+          grants IP addresses: 10.0.0.0/8, 127.0.0.1/32, 2001:db8::/32
+          grants usages: digital signature, server auth, client auth
+          grants keys: ecdsa-p256, ecdsa-p384, ed25519
+          grants lifetime: 10m to 24h, 1h unless asked
+          grants signer: embedded
+          offers web.example.org, spiffe://example.org/user/web (hint internal)
+          offers void: the caller has no unix.group
+          offers spiffe://example.org/other
+        "#);
+    }
+
+    #[test]
+    fn a_mismatch_names_the_first_clause_and_the_callers_fact() {
+        let mismatch = |clauses: &str| {
+            let text = policy("web", "").replace("uids: [1000]", clauses);
+            views(&set(&text), &web()).remove(0).mismatch
+        };
+        let zeros = format!("uids: [1000], executableSha256: ['{}']", "0".repeat(64));
+        for (clauses, expected) in [
+            ("uids: [7], users: [db]", "uid 1000 is not among its uids"),
+            ("users: [db]", "user \"web\" is not among its users"),
+            ("gids: [7]", "neither gid 100 nor a supplementary group is among its gids"),
+            ("gids: [33], executables: [/x]", "executable \"/usr/bin/web\" is not among its executables"),
+            ("systemdUnits: [x]", "systemd unit \"web@1.service\" is not among its systemdUnits"),
+            (&zeros, "it asks for executableSha256, and the caller has no known executable SHA-256"),
+        ] {
+            assert_eq!(mismatch(clauses), expected);
+        }
+    }
+
+    #[test]
+    fn the_examples_do_what_they_say() {
+        let examples = [
+            include_str!("../deploy/policies/10-web.yaml").to_owned(),
+            "---\n".to_owned(),
+            include_str!("../deploy/policies/20-identity.yaml").to_owned(),
+        ];
+        let policies = set(&examples.concat());
+        let grant = granted(&policies, &ask("cn=web.example.org dns=web.example.org dns=a.web.example.org"));
+        assert_eq!(grant.policy(), "web");
+        denied(&policies, &ask("dns=a.web.example.org dns=b.web.example.org dns=c.web.example.org"), "POLICY_DENIED");
+        assert_eq!(granted(&policies, &ask("")).names().uris, ["spiffe://example.org/user/web"]);
+    }
+
+    #[test]
+    fn the_hash_of_an_executable_is_needed_only_when_a_policy_looks_at_it() {
+        let needs = |spec: &str| set(&policy("web", spec)).needs_executable_sha256();
+        assert!(!needs(ALLOW));
+        assert!(needs("  allow: {uris: ['https://a/{unix.executableSha256}']}"));
+        assert!(needs("  offer: [{spiffeId: 'spiffe://a/{unix.executableSha256}'}]"));
+        assert!(needs("  rules: [{expression: 'has(workload.unix.executableSha256)', message: m}]"));
+        let clause = format!("uids: [1000], executableSha256: ['{}']", "0".repeat(64));
+        assert!(set(&policy("web", "").replace("uids: [1000]", &clause)).needs_executable_sha256());
+    }
+
+    fn any_ask() -> impl Strategy<Value = Ask> {
+        let dns =
+            proptest::sample::select(vec!["a", "web.example.org", "x.web.example.org", "*.a.b", "web.x", "b.org"]);
+        let uri = prop_oneof![
+            proptest::sample::select(vec!["spiffe://e/1000", "spiffe://e/x", "https://e/web"]).prop_map(str::to_owned),
+            any::<String>(),
+        ];
+        let subject = prop_oneof![Just("web".to_owned()), Just("Example".to_owned()), any::<String>()];
+        let names = (
+            proptest::option::of(subject.clone()),
+            proptest::collection::vec(subject, 0..3),
+            proptest::collection::vec(dns.prop_map(|name| DnsName::parse(name).unwrap()), 0..4),
+            proptest::collection::vec(any::<std::net::IpAddr>(), 0..2),
+            proptest::collection::vec(uri, 0..3),
+        )
+            .prop_map(|(common_name, organizations, dns, ips, uris)| Names {
+                common_name,
+                organizations,
+                dns,
+                ips,
+                uris,
+            });
+        let usages = proptest::collection::vec(proptest::sample::select(Usage::ALL.to_vec()), 0..4);
+        let text = proptest::option::weighted(0.2, prop_oneof![Just("a".to_owned()), any::<String>()]);
+        let lifetime = proptest::option::of((0_u64..100_000).prop_map(Duration::from_secs));
+        (names, usages, proptest::sample::select(KeyAlgorithm::ALL.to_vec()), lifetime, text.clone(), text).prop_map(
+            |(names, usages, key, lifetime, signer, policy)| Ask {
+                names,
+                usages: usages.into_iter().collect(),
+                key,
+                lifetime,
+                signer,
+                policy,
+            },
+        )
+    }
+
+    const ENTRIES: [&str; 12] = [
+        "commonNames: ['{unix.user}']",
+        "organizations: [Example]",
+        "dnsNames: [a]",
+        "dnsNames: [web.example.org, '*.web.example.org']",
+        "dnsNames: ['{unix.user}.x', '*.org']",
+        "wildcardDnsNames: ['*.a.b']",
+        "ipAddresses: [0.0.0.0/0, '::/0']",
+        "uris: ['spiffe://e/{unix.uid}']",
+        "uris: ['spiffe://e/*', 'https://e/*']",
+        "keys: [ecdsa-p256, rsa-2048, rsa-3072]",
+        "usages: [digital signature, key encipherment, server auth]",
+        "lifetime: {min: 1s, max: 48h}",
+    ];
+
+    proptest! {
+        #[test]
+        fn deciding_never_panics_and_grants_what_was_asked(ask in any_ask(), user in any::<String>(), bits: u16) {
+            let workload = Workload::for_test(UnixFacts { user: Some(user), ..facts() });
+            let policies = set(&policy("a", &spec(bits)));
+            if let Ok(grant) = decide(&policies, &workload, &ask) {
+                prop_assert!(ask.names.is_empty() || grant.names() == &ask.names);
+                prop_assert!(grant.names().check().is_ok());
+                prop_assert_eq!((grant.usages(), grant.key()), (ask.usages, ask.key));
+                prop_assert_eq!(ask.lifetime.unwrap_or(grant.lifetime()), grant.lifetime());
+            }
+            let explained = explain(&policies, workload.unix(), &ask).granted.is_some();
+            prop_assert_eq!(explained, decide(&policies, &workload, &ask).is_ok());
+        }
+
+        #[test]
+        fn removing_an_entry_or_a_policy_never_grants(ask in any_ask(), more: u16, less: u16) {
+            // Names and kinds only: an absent list of keys or usages means the default, not nothing.
+            let (more, less) = (more | 0xe00, (more & less) | 0xe00);
+            let all = set(&[policy("a", &spec(more)), policy("b", &spec(less))].concat());
+            for fewer in [set(&policy("a", &spec(more))), set(&policy("b", &spec(less))), set(&policy("a", &spec(less)))] {
+                if let Ok(grant) = decide(&fewer, &web(), &ask) {
+                    // Asked by name, the smaller set may hold a policy of that name where the larger one holds another.
+                    let anywhere = Ask { policy: None, ..ask.clone() };
+                    prop_assert!(decide(&all, &web(), &anywhere).is_ok(), "{grant:?}");
+                }
+            }
+        }
+    }
+
+    /// A spec with the entries of [`ENTRIES`] that `bits` select.
+    fn spec(bits: u16) -> String {
+        let mut lists: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for (_, entry) in ENTRIES.iter().enumerate().filter(|(i, _)| bits & (1 << i) != 0) {
+            let (name, values) = entry.split_once(": ").unwrap();
+            lists.entry(name).or_default().push(values.trim_matches(['[', ']']));
+        }
+        let lines = lists.into_iter().map(|(name, values)| match name {
+            "lifetime" => format!("    {name}: {}\n", values.join("")),
+            _ => format!("    {name}: [{}]\n", values.join(", ")),
+        });
+        let lines: String = lines.collect();
+        if lines.is_empty() { String::new() } else { format!("  allow:\n{lines}") }
+    }
+}

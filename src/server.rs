@@ -32,6 +32,7 @@ use crate::{
     attest::{AttestError, Attestor, Caller, Peer, PeerStream, Workload},
     hub::Hub,
     metrics::{Metrics, counted},
+    policy::Ask,
     proto::{self, v1},
     telemetry,
 };
@@ -249,4 +250,13 @@ fn refused(engine: &Engine, error: &AttestError) -> Refusal {
     engine.metrics.attest.bad(error.reason());
     tracing::warn!(reason = error.reason(), %error, "caller refused");
     Refusal::from(error)
+}
+
+/// What `request` asks for, read as the service reads it, for offline checks.
+///
+/// # Errors
+///
+/// The sentence that the service would answer with.
+pub fn ask(request: v1::CertificateRequest) -> Result<Ask, String> {
+    convert::ask(Some(request)).map(|(ask, _)| ask).map_err(|error| error.to_string())
 }

@@ -26,7 +26,7 @@ use crate::{
 pub const MAX_EXPRESSION_BYTES: usize = 1024;
 /// Calls, selections and literals inside each other in one expression, after macros are expanded.
 pub const MAX_DEPTH: usize = 48;
-/// Steps that one expression may need at most: a visited node counts [`NODE_COST`], a byte looked at or copied counts 1.
+/// Steps that one expression may need at most: a visited node counts 16, a byte looked at or copied 1.
 pub const MAX_COST: u64 = 5_000_000;
 /// Supplementary groups of a caller that rules can see; a caller with more is refused by every rule.
 pub const MAX_RULE_GROUPS: usize = 1024;

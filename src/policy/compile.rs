@@ -101,6 +101,7 @@ pub(super) fn compile(sources: &[Source]) -> Result<Vec<Policy>, Vec<Problem>> {
     let mut policies: BTreeMap<String, (String, Policy)> = BTreeMap::new();
     let mut problems = Vec::new();
     for source in sources {
+        let before = problems.len();
         let (documents, unread) = document::read(source);
         problems.extend(unread);
         let mut check = Check { file: &source.origin, problems: &mut problems };
@@ -116,6 +117,7 @@ pub(super) fn compile(sources: &[Source]) -> Result<Vec<Policy>, Vec<Problem>> {
                 policies.insert(name.value.clone(), (source.origin.clone(), policy));
             }
         }
+        problems[before..].sort_by_key(|problem| problem.line);
     }
     problems.truncate(MAX_PROBLEMS);
     match problems.is_empty() {
@@ -407,11 +409,10 @@ fn parse_unit(text: &str) -> Result<Glob, String> {
 
 fn parse_network(text: &str) -> Result<IpNet, String> {
     let network = match text.contains('/') {
-        true => {
-            text.parse::<IpNet>().map_err(|_| "it must be a network such as 10.0.0.0/8 or an address".to_owned())?
-        }
-        false => parse_ip(text).map(IpNet::from).map_err(|error| error.to_string())?,
+        true => text.parse().ok(),
+        false => parse_ip(text).map(IpNet::from).ok(),
     };
+    let network = network.ok_or("it must be a network such as 10.0.0.0/8 or an address")?;
     if network.addr() != network.network() {
         return Err(format!("it has host bits set; write {}", network.trunc()));
     }
@@ -425,5 +426,246 @@ fn no_wildcard(pattern: Pattern) -> Result<Pattern, String> {
     match pattern.has_wildcard() {
         true => Err("an offer must say the whole name: no '*'".to_owned()),
         false => Ok(pattern),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problems(text: &str) -> Vec<String> {
+        let source = Source { origin: "p.yaml".to_owned(), text: text.to_owned() };
+        compile(&[source]).map(drop).err().unwrap_or_default().iter().map(ToString::to_string).collect()
+    }
+
+    /// A good policy whose lines from 6 on are `spec`, indented by two spaces.
+    fn document(spec: &str) -> String {
+        let head = "apiVersion: csrd.dev/v1alpha1\nkind: CertificatePolicy\nmetadata: {name: web}\nspec:\n  \
+                    match: {unix: {uids: [1]}}\n";
+        format!("{head}{spec}\n")
+    }
+
+    fn check(spec: &str, expected: &[&str]) {
+        assert_eq!(problems(&document(spec)), expected, "{spec}");
+    }
+
+    fn check_match(clauses: &str, expected: &[&str]) {
+        assert_eq!(problems(&document("").replace("{unix: {uids: [1]}}", clauses)), expected, "{clauses}");
+    }
+
+    #[test]
+    fn every_field_may_be_absent_or_full() {
+        check("", &[]);
+        check(
+            "  signer: csrd.dev/workload
+  allow:
+    commonNames: [web]
+    organizations: []
+    dnsNames: ['*.example.org']
+    wildcardDnsNames: ['*.example.org']
+    ipAddresses: ['::1', 10.0.0.0/8]
+    uris: ['spiffe://example.org/{unix.user}']
+    usages: [digital signature]
+    keys: [rsa-4096]
+    lifetime: {min: 1s, default: 2s, max: 8784h}
+  rules:
+  - {expression: 'true', message: always}
+  offer:
+  - {spiffeId: 'spiffe://example.org/a', dnsNames: [a], hint: a}
+  - {dnsNames: [b], hint: b}
+  - {spiffeId: 'spiffe://example.org/b', dnsNames: []}",
+            &[],
+        );
+    }
+
+    #[test]
+    fn all_problems_are_reported_with_line_and_field() {
+        let text = document(
+            "  signer: kubernetes.io/kubelet-serving
+  allow:
+    dnsNames:
+    - good.example.org
+    - Bad.example.org
+    uris: ['spiffe://*/a']
+    ipAddresses: [10.0.0.1/8, ten]
+    usages: [email]
+    keys: [dsa]
+    lifetime: {max: 1h, default: 2h}
+  rules:
+  - {expression: request.nothing, message: ''}
+  offer:
+  - {hint: nothing}
+  - {spiffeId: 'https://a/b'}",
+        );
+        let text =
+            text.replace("v1alpha1", "v1").replace("CertificatePolicy", "Policy").replace("name: web", "name: Web");
+        insta::assert_snapshot!(problems(&text).join("\n"), @r#"
+        p.yaml:1: apiVersion: it must be csrd.dev/v1alpha1
+        p.yaml:2: kind: it must be CertificatePolicy
+        p.yaml:3: metadata.name: it must have 1 to 253 bytes of a-z, 0-9, '-' and '.'
+        p.yaml:6: spec.signer: kubernetes.io/kubelet-serving is refused: it signs only for kubelets: organization system:nodes, a common name that begins with system:node:, server auth alone and no URI; a workload certificate from it would fail or claim to be a node. Use a signer of your own, for example csrd.dev/workload
+        p.yaml:10: spec.allow.dnsNames[1]: labels may hold only a-z, 0-9 and '-'; a wildcard must be the whole first label; write IDNs as xn--
+        p.yaml:11: spec.allow.uris[0]: scheme and trust domain (or host) must be literal: no '*' and no slot
+        p.yaml:12: spec.allow.ipAddresses[0]: it has host bits set; write 10.0.0.0/8
+        p.yaml:12: spec.allow.ipAddresses[1]: it must be a network such as 10.0.0.0/8 or an address
+        p.yaml:13: spec.allow.usages[0]: it must be one of digital signature, key encipherment, server auth, client auth
+        p.yaml:14: spec.allow.keys[0]: it must be one of ecdsa-p256, ecdsa-p384, ed25519, rsa-2048, rsa-3072, rsa-4096
+        p.yaml:15: spec.allow.lifetime.default: 2h is more than max, 1h
+        p.yaml:17: spec.rules[0].message: it must have 1 to 256 printable characters
+        p.yaml:17: spec.rules[0].expression: request has no field "nothing"; it has commonName, organizations, dnsNames, ipAddresses, uris, usages, key, lifetimeSeconds, signer
+        p.yaml:19: spec.offer[0]: it names nothing; it needs spiffeId or dnsNames
+        p.yaml:20: spec.offer[1].spiffeId: it must begin with spiffe://
+        "#);
+    }
+
+    #[test]
+    fn a_match_that_would_match_nobody_or_everybody_is_refused() {
+        let field = "p.yaml:5: spec.match";
+        check_match("{}", &[&format!("{field}: it is empty and would match nobody; name a unix section")]);
+        let anybody = format!(
+            "{field}.unix: it needs uids, users, gids or systemdUnits; an executable alone proves nothing, because every \
+             user can run it"
+        );
+        check_match("{unix: {}}", &[&anybody]);
+        check_match("{unix: {executables: [/bin/web]}}", &[&anybody]);
+        let empty = |name: &str| format!("{field}.unix.{name}: an empty list matches nobody; leave it out");
+        check_match("{unix: {uids: []}}", &[&empty("uids")]);
+        check_match("{unix: {uids: [1], executables: []}}", &[&empty("executables")]);
+        check_match("{unix: {users: [a]}}", &[]);
+        check_match("{unix: {gids: [1]}}", &[]);
+        check_match("{unix: {systemdUnits: ['web@*.service']}}", &[]);
+    }
+
+    #[test]
+    fn clauses_of_a_match_are_checked() {
+        for (clause, words) in [
+            ("users: ['']", "users[0]: it must have 1 to 256 bytes"),
+            ("executables: [web]", "executables[0]: it must be an absolute path"),
+            ("executables: [/a/../b]", "executables[0]: it must be an absolute path"),
+            ("executables: [/a/]", "executables[0]: it must be an absolute path"),
+            ("executables: ['/a/*b*']", "executables[0]: at most one '*' between two slashes"),
+            ("executables: ['/a/{unix.user}']", "executables[0]: no {fact} slots here"),
+            ("executableSha256: [abc]", "executableSha256[0]: it must be 64 lower-case hexadecimal digits"),
+            ("systemdUnits: ['*']", "systemdUnits[0]: it must be a unit name"),
+            ("systemdUnits: [a/b]", "systemdUnits[0]: it must be a unit name"),
+        ] {
+            let found = problems(&document("").replace("uids: [1]", &format!("uids: [1], {clause}")));
+            assert!(found.len() == 1 && found[0].contains(words), "{clause}: {found:?}");
+        }
+        let upper = format!("uids: [1], executableSha256: [{}]", "A".repeat(64));
+        assert_eq!(problems(&document("").replace("uids: [1]", &upper)).len(), 1);
+    }
+
+    #[test]
+    fn signers_that_refuse_workloads_are_refused_with_the_reason() {
+        for (signer, words) in [
+            ("kubernetes.io/kubelet-serving", "is refused: it signs only for kubelets"),
+            ("kubernetes.io/legacy-unknown", "is refused: certificates.k8s.io/v1 refuses every request"),
+            ("''", "it must be embedded, or a signer name"),
+            ("'a b'", "it must be embedded, or a signer name"),
+        ] {
+            let found = problems(&document(&format!("  signer: {signer}")));
+            assert!(found[0].starts_with("p.yaml:6: spec.signer: ") && found[0].contains(words), "{found:?}");
+        }
+        check("  signer: kubernetes.io/kube-apiserver-client", &[]);
+        let signer = |bytes: usize| format!("  signer: {}", "a".repeat(bytes));
+        check(&signer(MAX_SIGNER_BYTES), &[]);
+        assert_eq!(problems(&document(&signer(MAX_SIGNER_BYTES + 1))).len(), 1);
+    }
+
+    #[test]
+    fn lists_have_bounds() {
+        let refused = |spec: &str, words: &str| {
+            let found = problems(&document(spec));
+            assert!(found.len() == 1 && found[0].ends_with(words), "{found:?}");
+        };
+        let names = |n: usize| format!("  allow: {{dnsNames: [{}]}}", "a, ".repeat(n));
+        check(&names(MAX_ENTRIES), &[]);
+        refused(&names(MAX_ENTRIES + 1), "spec.allow.dnsNames: 65 entries, at most 64 are allowed");
+        let rules = |n: usize| format!("  rules: [{}]", "{expression: 'true', message: m}, ".repeat(n));
+        check(&rules(MAX_RULES), &[]);
+        refused(&rules(MAX_RULES + 1), "spec.rules: 17 entries, at most 16 are allowed");
+        let offers = |n: usize| format!("  offer: [{}]", "{dnsNames: [a]}, ".repeat(n));
+        check(&offers(MAX_OFFERS), &[]);
+        refused(&offers(MAX_OFFERS + 1), "spec.offer: 17 entries, at most 16 are allowed");
+        // One more for the SPIFFE ID.
+        let offered = |n: usize| format!("  offer: [{{dnsNames: [{}]}}]", "a, ".repeat(n));
+        check(&offered(MAX_ENTRIES - 1), &[]);
+        refused(&offered(MAX_ENTRIES), "spec.offer[0].dnsNames: 64 entries, at most 63 are allowed");
+        let hint = |n: usize| format!("  offer: [{{dnsNames: [a], hint: {}}}]", "h".repeat(n));
+        check(&hint(MAX_HINT_BYTES), &[]);
+        refused(&hint(MAX_HINT_BYTES + 1), "spec.offer[0].hint: it must have at most 1024 bytes, all printable");
+        let message = |n: usize| format!("  rules: [{{expression: 'true', message: {}}}]", "m".repeat(n));
+        check(&message(MAX_MESSAGE_CHARS), &[]);
+        refused(&message(MAX_MESSAGE_CHARS + 1), "spec.rules[0].message: it must have 1 to 256 printable characters");
+        let uids = |n: usize| document("").replace("uids: [1]", &format!("uids: [{}]", "1, ".repeat(n)));
+        assert_eq!(problems(&uids(MAX_ENTRIES)), [""; 0]);
+        assert_eq!(problems(&uids(MAX_ENTRIES + 1)).len(), 1);
+    }
+
+    #[test]
+    fn names_are_unique_and_bounded() {
+        let named = |name: &str| document("").replace("name: web", &format!("name: {name}"));
+        assert_eq!(problems(&named(&"a".repeat(MAX_NAME_BYTES))), [""; 0]);
+        assert_eq!(problems(&named("a.b-1")), [""; 0]);
+        for name in ["''", "A", "a_b", "-a", "a-", "a..b", "a/b", &"a".repeat(MAX_NAME_BYTES + 1)] {
+            assert_eq!(
+                problems(&named(name)),
+                ["p.yaml:3: metadata.name: it must have 1 to 253 bytes of a-z, 0-9, '-' and '.'"]
+            );
+        }
+        let twice = compile(&["a.yaml", "b.yaml"].map(|origin| Source { origin: origin.to_owned(), text: named("a") }));
+        let twice: Vec<_> = twice.map(drop).unwrap_err().iter().map(ToString::to_string).collect();
+        assert_eq!(twice, ["b.yaml:3: metadata.name: \"a\" is also the name of a policy in a.yaml"]);
+    }
+
+    #[test]
+    fn a_set_has_a_bound_in_policies_and_a_report_in_problems() {
+        let many = |n: usize, text: &str| {
+            let text = |i| text.replace("name: web", &format!("name: p{i}"));
+            let sources: Vec<_> = (0..n).map(|i| Source { origin: format!("{i}.yaml"), text: text(i) }).collect();
+            compile(&sources).map(|policies| policies.len()).map_err(|problems| problems.len())
+        };
+        assert_eq!(many(MAX_POLICIES, &document("")), Ok(MAX_POLICIES));
+        assert_eq!(many(MAX_POLICIES + 1, &document("")), Err(1));
+        assert_eq!(many(MAX_PROBLEMS, &document("  signer: ''")), Err(MAX_PROBLEMS));
+        assert_eq!(many(MAX_PROBLEMS + 1, &document("  signer: ''")), Err(MAX_PROBLEMS));
+    }
+
+    #[test]
+    fn an_offer_is_checked() {
+        for (offer, words) in [
+            ("{}", "spec.offer[0]: it names nothing; it needs spiffeId or dnsNames"),
+            ("{dnsNames: ['*.example.org']}", "spec.offer[0].dnsNames[0]: an offer must say the whole name: no '*'"),
+            ("{spiffeId: 'spiffe://a/*'}", "spec.offer[0].spiffeId: an offer must say the whole name: no '*'"),
+            ("{spiffeId: 'spiffe://a'}", "spec.offer[0].spiffeId: a workload's SPIFFE ID needs a path"),
+            ("{spiffeId: 'https://a/b'}", "spec.offer[0].spiffeId: it must begin with spiffe://"),
+            ("{dnsNames: [a], hint: x}, {dnsNames: [b], hint: x}", "spec.offer[1].hint: another offer of this policy"),
+            ("{dnsNames: [a], hint: \"\\n\"}", "spec.offer[0].hint: it must have at most 1024 bytes, all printable"),
+        ] {
+            let found = problems(&document(&format!("  offer: [{offer}]")));
+            assert!(found.len() == 1 && found[0].contains(words), "{offer}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn networks_are_written_as_networks() {
+        for (text, expected) in [
+            ("10.0.0.0/8", Ok("10.0.0.0/8")),
+            ("10.0.0.1", Ok("10.0.0.1/32")),
+            ("2001:db8::/32", Ok("2001:db8::/32")),
+            ("0.0.0.0/0", Ok("0.0.0.0/0")),
+            ("10.0.0.1/8", Err("it has host bits set; write 10.0.0.0/8")),
+            ("::ffff:10.0.0.0/104", Err("write IPv4 addresses as IPv4")),
+            ("10.0.0.0/33", Err("it must be a network such as 10.0.0.0/8 or an address")),
+            ("10.0.0/8", Err("it must be a network such as 10.0.0.0/8 or an address")),
+        ] {
+            assert_eq!(
+                parse_network(text).map(|network| network.to_string()).as_deref().map_err(String::as_str),
+                expected
+            );
+        }
+        assert!(parse_network("::ffff:10.0.0.1").is_err());
+        assert!(parse_network("ten").is_err());
     }
 }

@@ -165,8 +165,10 @@ pub(super) fn read(source: &Source) -> (Vec<Document>, Vec<Problem>) {
         match document {
             Ok(document) => documents.push(document),
             Err(error) => {
-                let line = error.location().map_or(0, |location| location.line());
-                let message = clipped(error.without_snippet().to_string(), MAX_SYNTAX_CHARS);
+                let (line, column) = error.location().map_or((0, 0), |at| (at.line(), at.column()));
+                let message = error.without_snippet().to_string();
+                let message = message.strip_suffix(&format!(" at line {line}, column {column}")).unwrap_or(&message);
+                let message = clipped(message.to_owned(), MAX_SYNTAX_CHARS);
                 problems.push(problem(line, enclosing_keys(&source.text, line), message));
             }
         }
@@ -266,6 +268,8 @@ spec:
         refused("- 1\n", "p.yaml:1");
         refused("a: [\n", "p.yaml:");
         refused("\tx", "p.yaml:1");
+        let (_, problems) = read_text("oops: 1");
+        assert_eq!(problems[0].message, "unknown field `oops`, expected one of apiVersion, kind, metadata, spec");
     }
 
     #[test]

@@ -1,0 +1,262 @@
+//! `csrd policy check`: what policy files say to a described workload and request, without an agent.
+//!
+//! The verdicts are those of the agent: files are read, requests parsed and policies judged by the same code. What is
+//! described is attested by nobody, so the answer is words and never a grant.
+
+use std::{fmt::Write as _, path::PathBuf, process::ExitCode};
+
+use serde_json::json;
+
+use super::{Exit, TableFormat, UsageError, request::RequestArgs};
+use crate::{
+    attest::UnixFacts,
+    metrics::Metrics,
+    policy::{self, Explanation, Problem, watch::PolicyFiles},
+    server,
+};
+
+/// Work with policy files
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    Check(Check),
+}
+
+/// Evaluate policy files against a described workload and request, offline, and explain the decision
+///
+/// Exits with 0 when the request is granted, 77 when it is denied, 64 when a file or the request is not valid.
+#[derive(Debug, clap::Args)]
+struct Check {
+    /// Policy files, or folders of them
+    #[arg(required = true, value_name = "PATH")]
+    paths: Vec<PathBuf>,
+    #[command(flatten)]
+    workload: WorkloadArgs,
+    #[command(flatten)]
+    request: RequestArgs,
+    /// Output format
+    #[arg(short, long, value_enum, default_value_t)]
+    output: TableFormat,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Workload, as the kernel would describe it")]
+struct WorkloadArgs {
+    /// User id
+    #[arg(long, value_name = "NUMBER")]
+    uid: u32,
+    /// Group id; the first is the primary one [default: the user id]
+    #[arg(long, value_name = "NUMBER")]
+    gid: Vec<u32>,
+    /// User name
+    #[arg(long, value_name = "NAME")]
+    user: Option<String>,
+    /// Group name
+    #[arg(long, value_name = "NAME")]
+    group: Option<String>,
+    /// Path of the executable
+    #[arg(long, value_name = "PATH")]
+    executable: Option<String>,
+    /// SHA-256 of the executable, in lower-case hexadecimal
+    #[arg(long, value_name = "HEX")]
+    sha256: Option<String>,
+    /// systemd unit
+    #[arg(long, value_name = "NAME")]
+    unit: Option<String>,
+}
+
+impl From<WorkloadArgs> for UnixFacts {
+    fn from(args: WorkloadArgs) -> Self {
+        let gid = args.gid.first().copied().unwrap_or(args.uid);
+        let mut supplementary_gids = args.gid;
+        supplementary_gids.sort_unstable();
+        supplementary_gids.dedup();
+        Self {
+            uid: args.uid,
+            gid,
+            supplementary_gids,
+            user: args.user,
+            group: args.group,
+            executable: args.executable,
+            executable_sha256: args.sha256,
+            systemd_unit: args.unit,
+            cgroup: None,
+        }
+    }
+}
+
+/// Reads, judges and explains.
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let Command::Check(check) = args.command;
+    let policies = match PolicyFiles::load(check.paths, Metrics::new()) {
+        Ok(files) => files.subscribe().borrow().clone(),
+        Err(error) => return invalid(error, check.output),
+    };
+    let ask = server::ask(check.request.into_request()?).map_err(UsageError)?;
+    let explanation = policy::explain(&policies, &check.workload.into(), &ask);
+    let text = match check.output {
+        TableFormat::Table => in_words(&explanation),
+        TableFormat::Json => in_json(&explanation),
+    };
+    super::print(text.as_bytes())?;
+    Ok(if explanation.granted.is_some() { ExitCode::SUCCESS } else { Exit::Denied.into() })
+}
+
+fn invalid(error: policy::watch::LoadError, output: TableFormat) -> anyhow::Result<ExitCode> {
+    if output == TableFormat::Table {
+        return Err(UsageError(error.to_string()).into());
+    }
+    let problems = error.0.iter().map(|Problem { file, line, field, message }| {
+        json!({ "file": file, "line": line, "field": field, "message": message })
+    });
+    super::print(format!("{:#}\n", json!({ "problems": problems.collect::<Vec<_>>() })).as_bytes())?;
+    Ok(Exit::Usage.into())
+}
+
+fn in_words(explanation: &Explanation) -> String {
+    let mut text = String::new();
+    let mut line = |args: std::fmt::Arguments<'_>| writeln!(text, "{args}").expect("writing to a string does not fail");
+    for verdict in &explanation.verdicts {
+        let says = match (verdict.matches, verdict.against.is_empty()) {
+            (false, _) => "does not match",
+            (true, false) => "refuses",
+            (true, true) => "grants",
+        };
+        line(format_args!("policy {} {says}", verdict.policy));
+        verdict.against.iter().for_each(|why| line(format_args!("  {why}")));
+    }
+    match (&explanation.granted, explanation.reason) {
+        (Some((_, terms)), _) => terms.iter().for_each(|term| line(format_args!("  {term}"))),
+        (None, Some(reason)) => line(format_args!("denied: {reason}")),
+        (None, None) => {}
+    }
+    text
+}
+
+fn in_json(explanation: &Explanation) -> String {
+    let policies = explanation
+        .verdicts
+        .iter()
+        .map(|verdict| json!({ "name": verdict.policy, "matches": verdict.matches, "against": verdict.against }));
+    let granted = explanation.granted.as_ref().map(|(policy, terms)| json!({ "policy": policy, "terms": terms }));
+    let policies = policies.collect::<Vec<_>>();
+    format!("{:#}\n", json!({ "granted": granted, "reason": explanation.reason, "policies": policies }))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+
+    #[derive(clap::Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    const POLICIES: &str = "
+apiVersion: csrd.dev/v1alpha1
+kind: CertificatePolicy
+metadata: {name: db}
+spec: {match: {unix: {uids: [1001]}}}
+---
+apiVersion: csrd.dev/v1alpha1
+kind: CertificatePolicy
+metadata: {name: web}
+spec:
+  match: {unix: {uids: [1000], gids: [33], executables: [/usr/bin/web]}}
+  allow: {dnsNames: [web.example.org]}
+";
+
+    fn check(policies: &str, flags: &str) -> anyhow::Result<Explanation> {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), policies).expect("written");
+        let command = format!("policy check {} {flags}", file.path().display());
+        let cli = Cli::try_parse_from(command.split_whitespace())?;
+        let Command::Check(check) = cli.args.command;
+        let files = PolicyFiles::load(check.paths, Metrics::new())?;
+        let ask = server::ask(check.request.into_request()?).map_err(UsageError)?;
+        let policies = files.subscribe().borrow().clone();
+        Ok(policy::explain(&policies, &check.workload.into(), &ask))
+    }
+
+    const WEB: &str = "--uid 1000 --gid 100 --gid 33 --executable /usr/bin/web";
+
+    #[test]
+    fn a_grant_is_explained() {
+        let explanation = check(POLICIES, &format!("{WEB} --dns web.example.org --lifetime 2h")).unwrap();
+        insta::assert_snapshot!(in_words(&explanation), @r"
+        policy db does not match
+          uid 1000 is not among its uids
+        policy web grants
+          DNS names: web.example.org
+          usages: digital signature, server auth, client auth
+          key: ecdsa-p256
+          lifetime: 2h
+          signer: embedded
+        ");
+        let json: serde_json::Value = serde_json::from_str(&in_json(&explanation)).unwrap();
+        assert_eq!(json["granted"]["policy"], "web");
+        assert_eq!(json["reason"], serde_json::Value::Null);
+    }
+
+    #[test]
+    fn a_denial_is_explained() {
+        let explanation = check(POLICIES, &format!("{WEB} --dns db.example.org --key rsa-2048")).unwrap();
+        insta::assert_snapshot!(in_words(&explanation), @r#"
+        policy db does not match
+          uid 1000 is not among its uids
+        policy web refuses
+          dnsNames: "db.example.org" is refused, it matches none of its entries
+          key rsa-2048 is not among its keys
+        denied: POLICY_DENIED
+        "#);
+        let json: serde_json::Value = serde_json::from_str(&in_json(&explanation)).unwrap();
+        assert_eq!(json["granted"], serde_json::Value::Null);
+        assert_eq!(json["policies"][1]["matches"], true);
+        assert_eq!(json["reason"], "POLICY_DENIED");
+    }
+
+    #[test]
+    fn every_flag_of_the_workload_counts() {
+        let policies = "
+apiVersion: csrd.dev/v1alpha1
+kind: CertificatePolicy
+metadata: {name: all}
+spec:
+  match:
+    unix:
+      uids: [7]
+      users: [web]
+      gids: [7]
+      executables: [/bin/web]
+      executableSha256: [0000000000000000000000000000000000000000000000000000000000000000]
+      systemdUnits: [web.service]
+  offer: [{dnsNames: ['{unix.group}.example.org']}]
+";
+        let zeros = "0".repeat(64);
+        let flags = format!("--uid 7 --user web --group g --executable /bin/web --sha256 {zeros} --unit web.service");
+        assert!(check(policies, &flags).unwrap().granted.is_some());
+        for (flag, other) in [("--uid 7", "--uid 8"), ("--user web", ""), ("--group g", ""), (&zeros, "11")] {
+            assert!(check(policies, &flags.replace(flag, other)).unwrap().granted.is_none(), "{flag}");
+        }
+        for (flag, other) in [("--unit web.service", ""), ("/bin/web", "/bin/other"), ("--uid 7", "--uid 7 --gid 8")] {
+            assert!(check(policies, &flags.replace(flag, other)).unwrap().granted.is_none(), "{flag}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_valid_is_refused_before_it_is_judged() {
+        let error = check("oops: 1", WEB).unwrap_err().to_string();
+        assert!(error.contains(":1: oops: unknown field `oops`"), "{error}");
+        let error = check(POLICIES, &format!("{WEB} --dns UPPER")).unwrap_err();
+        assert!(error.is::<UsageError>(), "{error}");
+        assert!(check(POLICIES, "").unwrap_err().to_string().contains("--uid"));
+    }
+}

@@ -135,7 +135,7 @@ impl Generations {
         let generation = Arc::new(Generation { number, authority });
         let same = |old: &&mut Arc<Generation>| old.authority.certificate() == generation.authority.certificate();
         self.next = None;
-        if let Some(newest) = self.activated.last_mut().filter(|newest| same(&newest)) {
+        if let Some(newest) = self.activated.last_mut().filter(|newest| same(newest)) {
             *newest = generation;
             return;
         }

@@ -16,6 +16,7 @@ use std::{
 use tokio::{
     net::{TcpListener, UnixListener, UnixStream},
     sync::watch,
+    time::sleep,
 };
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -41,6 +42,9 @@ use crate::{
 const SOCKET_MODE: u32 = 0o666;
 /// How long the parts have to stop: the hub lands its flights and the server closes its connections in less.
 const STOP_GRACE: Duration = Duration::from_secs(8);
+
+/// How often signers are asked whether they could sign.
+const READINESS_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A long-lived part that runs beside the hub and the server until the stop.
 pub type Background = (&'static str, Pin<Box<dyn Future<Output = ()> + Send>>);
@@ -131,7 +135,9 @@ pub async fn build(parts: Parts) -> Result<Bound, BuildError> {
 
     let stop = parts.stop;
     let attestor = Arc::new(Attestor::new());
-    let default_signer = parts.signers.first().map(|signer| signer.name().to_owned()).unwrap_or_default();
+    tracing::info!(kernel = %attestor.capabilities(), "attests processes of this host");
+    let signers = parts.signers.clone();
+    let default_signer = signers.first().map(|signer| signer.name().to_owned()).unwrap_or_default();
     let hub = Hub::new(hub::Parts {
         clock: parts.clock,
         policies: parts.policies.clone(),
@@ -156,7 +162,8 @@ pub async fn build(parts: Parts) -> Result<Bound, BuildError> {
     let mut tasks = Tasks::new(stop.clone());
     tasks.spawn("hub", hub.run(stop.clone()));
     tasks.spawn("server", server.serve(listener));
-    tasks.spawn("executables", follow_policies(attestor, parts.policies, stop.clone()));
+    tasks.spawn("attestor", follow_policies(attestor, parts.policies, signers.clone(), stop.clone()));
+    tasks.spawn("readiness", watch_signers(signers, parts.readiness.clone(), stop.clone()));
     tasks.spawn("health", report_health(health, parts.readiness.clone(), stop.clone()));
     if let Some(listener) = admin {
         tasks
@@ -178,19 +185,39 @@ impl Bound {
     }
 }
 
-/// Hashes executables only while a policy asks for it.
+/// Hashes executables only while a policy asks for it, and says which policies name a signer that nobody has.
 async fn follow_policies(
     attestor: Arc<Attestor>,
     mut policies: watch::Receiver<Arc<PolicySet>>,
+    signers: Vec<Arc<dyn Sign>>,
     stop: CancellationToken,
 ) {
     loop {
-        attestor.set_hash_executables(policies.borrow_and_update().needs_executable_sha256());
+        let in_force = policies.borrow_and_update().clone();
+        attestor.set_hash_executables(in_force.needs_executable_sha256());
+        for unknown in in_force.signers().into_iter().filter(|name| signers.iter().all(|signer| signer.name() != *name))
+        {
+            tracing::warn!(signer = unknown, "a policy names a signer that this agent does not have");
+        }
         tokio::select! {
             () = stop.cancelled() => return,
             changed = policies.changed() => if changed.is_err() {
                 return stop.cancelled().await;
             },
+        }
+    }
+}
+
+/// Ready while every signer could sign.
+async fn watch_signers(signers: Vec<Arc<dyn Sign>>, readiness: Readiness, stop: CancellationToken) {
+    let condition = readiness.condition("signers");
+    loop {
+        match signers.iter().find_map(|signer| Some((signer.name(), signer.ready().err()?))) {
+            Some((name, error)) => condition.fails(format!("{name}: {error}")),
+            None => condition.holds(),
+        }
+        if stop.run_until_cancelled(sleep(READINESS_INTERVAL)).await.is_none() {
+            return;
         }
     }
 }
@@ -220,7 +247,7 @@ async fn listen(path: &Path) -> Result<UnixListener, BuildError> {
         Err(error) => return Err(failed(error)),
     }
     let listener = UnixListener::bind(path).map_err(failed)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(SOCKET_MODE)).map_err(failed)?;
     attest::prepare_listener(&listener).map_err(failed)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(SOCKET_MODE)).map_err(failed)?;
     Ok(listener)
 }

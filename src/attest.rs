@@ -357,8 +357,11 @@ mod tests {
     /// Each copy differs, in its size.
     fn copy_of_sh(folder: &tempfile::TempDir, name: &str) -> PathBuf {
         let path = folder.path().join(name);
-        fs::copy("/bin/sh", &path).unwrap();
-        fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(name.as_bytes()).unwrap();
+        // Written by a process of its own: a child that another test starts at this moment would inherit a descriptor
+        // that is open for writing, and exec would fail with ETXTBSY.
+        let script = "cat /bin/sh > \"$1\" && printf %s \"$2\" >> \"$1\" && chmod 755 \"$1\"";
+        let written = Command::new("sh").args(["-c", script, "sh"]).arg(&path).arg(name).status().unwrap();
+        assert!(written.success());
         path
     }
 

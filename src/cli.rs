@@ -25,6 +25,7 @@ use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpabl
 use crate::{
     client::{ClientError, Code, output::Style},
     config::otel_variables,
+    tasks::TaskError,
     telemetry::{Log, LogFormat, Telemetry},
 };
 
@@ -140,7 +141,8 @@ fn exit(error: &anyhow::Error) -> Exit {
             Code::Unavailable => Exit::Unavailable,
             _ => Exit::Failure,
         }),
-        None => cause.is::<UsageError>().then_some(Exit::Usage),
+        None if cause.is::<UsageError>() => Some(Exit::Usage),
+        None => cause.is::<TaskError>().then_some(Exit::TaskLost),
     };
     error.chain().find_map(known).unwrap_or(Exit::Failure)
 }
@@ -154,6 +156,14 @@ pub fn forbid_core_dumps() {
     let limit = Rlimit { current: Some(1.min(maximum.unwrap_or(1))), maximum };
     // Lowering a soft limit cannot fail (setrlimit(2)).
     let _ = setrlimit(Resource::Core, limit);
+}
+
+/// Lets the agent have as many descriptors as it is allowed: a connection takes three, of which the soft limit that most
+/// hosts set (1024) would allow 340.
+fn raise_descriptor_limit() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    // Raising a soft limit to its hard limit cannot fail (setrlimit(2)).
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
 /// Keeps other processes of the same user from attaching to this one and reading its memory; for the agent, which holds
@@ -211,6 +221,7 @@ mod tests {
         check(answer(Code::PermissionDenied).into(), Exit::Denied);
         check(answer(Code::Unavailable).into(), Exit::Unavailable);
         check(answer(Code::Internal).into(), Exit::Failure);
+        check(TaskError::Ended("hub").into(), Exit::TaskLost);
         check(UsageError("--lifetime: not a duration".into()).into(), Exit::Usage);
         check(anyhow::Error::new(UsageError("no".into())).context("reading the request"), Exit::Usage);
     }

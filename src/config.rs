@@ -224,7 +224,10 @@ fn read(path: &Path) -> Result<File, ConfigError> {
 /// The `OTEL_*` variables of the process, for whoever sends traces.
 #[allow(clippy::disallowed_methods, reason = "the one place that reads the environment")]
 pub fn otel_variables() -> BTreeMap<String, String> {
-    std::env::vars().filter(|(name, _)| name.starts_with("OTEL_")).collect()
+    // Variables that are not UTF-8 are none of ours.
+    let variables =
+        std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    variables.filter(|(name, _)| name.starts_with("OTEL_")).collect()
 }
 
 /// The path in `unix:///path`, `unix:/path`, `unix:path` or a bare path.

@@ -244,6 +244,10 @@ mod tests {
             Box::pin(async { self.answer.clone() })
         }
 
+        fn ready(&self) -> Result<(), SignError> {
+            Ok(())
+        }
+
         fn bundle(&self) -> watch::Receiver<Arc<Bundle>> {
             self.bundle.subscribe()
         }

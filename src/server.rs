@@ -24,7 +24,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::{body::Body, service::Routes};
+use tonic::{Status, body::Body, service::Routes};
 use tower::Service as _;
 use tower_http::timeout::TimeoutBody;
 
@@ -39,15 +39,16 @@ use crate::{
 
 use authority::AuthorityStream;
 pub use limits::Limits;
-use limits::Tally;
+use limits::{Place, Tally};
 use status::Refusal;
 
 /// Calls under way at once on one connection; hyper refuses one more with REFUSED_STREAM.
 pub const MAX_STREAMS_PER_CONNECTION: u32 = 128;
 /// Bytes of one request's headers.
 pub const MAX_HEADER_BYTES: u32 = 16 * 1024;
-/// Bytes of one request message: room for 64 URIs of 2048 bytes and a PKCS#10 request of 16 KiB.
-pub const MAX_REQUEST_BYTES: usize = 160 * 1024;
+/// Bytes of one request message: room for 64 URIs of 2048 bytes and a PKCS#10 request of 16 KiB, and for a request with
+/// thousands of names to be told which bound it breaks.
+pub const MAX_REQUEST_BYTES: usize = 256 * 1024;
 /// Bytes a client may send on one stream, or on all of a connection, before the agent has read them.
 pub const WINDOW_BYTES: u32 = 64 * 1024;
 /// Bytes hyper may hold for one stream that its client does not read.
@@ -56,6 +57,8 @@ pub const MAX_UNSENT_BYTES: usize = 64 * 1024;
 pub const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a request's message may stall.
 pub const REQUEST_BODY_TIMEOUT: Duration = Duration::from_secs(10);
+/// Stands for the principal of callers whose process is unknown: they share one principal's bounds.
+const UNKNOWN: u64 = u64::MAX;
 /// How often a silent connection is asked whether its client still answers.
 pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(300);
 /// How long it may take to answer.
@@ -94,15 +97,22 @@ pub struct Server {
 
 /// What a call knows of the connection it came on.
 struct Connection {
+    /// Who bears the bounds on what it holds.
+    principal: u64,
     /// Why no call of this connection is served, if so.
     caller: Result<Caller, AttestError>,
     /// Notified at the first whole request.
     spoke: Notify,
 }
 
-/// The span of one call, opened when its headers are there.
+/// What a call brings along from its headers on.
 #[derive(Clone)]
-struct CallSpan(tracing::Span);
+struct Arrival {
+    connection: Arc<Connection>,
+    span: tracing::Span,
+    /// Given up when the message is there.
+    _place: Arc<Place>,
+}
 
 impl Server {
     /// A server over `engine`; `health` is the grpc.health.v1 service that the agent keeps up to date.
@@ -139,7 +149,7 @@ impl Server {
                 accepted = listener.accept() => match accepted {
                     Ok((stream, _)) => {
                         let peer = Peer::of(&stream, &self.attestor).map(Arc::new);
-                        let principal = peer.as_ref().ok().map(|peer| u64::from(peer.uid()));
+                        let principal = peer.as_ref().map_or(UNKNOWN, |peer| peer.uid().into());
                         let Some(place) = self.tally.connection(principal) else {
                             self.metrics.connection_refused("TOO_MANY_CONNECTIONS");
                             continue;
@@ -151,9 +161,9 @@ impl Server {
                             match peer {
                                 Ok(peer) => {
                                     let caller = Caller::Peer(peer.clone());
-                                    server.connection(PeerStream::new(stream, &peer), Ok(caller)).await;
+                                    server.connection(PeerStream::new(stream, &peer), principal, Ok(caller)).await;
                                 }
-                                Err(error) => server.connection(stream, Err(error)).await,
+                                Err(error) => server.connection(stream, principal, Err(error)).await,
                             }
                         });
                     }
@@ -175,12 +185,12 @@ impl Server {
     /// Serves one connection until it closes, its process exits, or the stop.
     ///
     /// A caller that cannot be attested is still served, so that each of its calls is told why.
-    pub async fn connection<IO>(&self, io: IO, caller: Result<Caller, AttestError>)
+    pub async fn connection<IO>(&self, io: IO, principal: u64, caller: Result<Caller, AttestError>)
     where
         IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let connection = Arc::new(Connection { caller, spoke: Notify::new() });
-        let service = service_fn(|request| call(self.routes.clone(), request, connection.clone()));
+        let connection = Arc::new(Connection { principal, caller, spoke: Notify::new() });
+        let service = service_fn(|request| self.call(request, &connection));
         let served = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
             .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
@@ -217,6 +227,31 @@ impl Server {
         served.as_mut().graceful_shutdown();
         let _ = timeout(STOP_GRACE, served).await;
     }
+
+    /// Hands a request to its service, with its connection and its span.
+    fn call(
+        &self,
+        request: Request<Incoming>,
+        connection: &Arc<Connection>,
+    ) -> impl Future<Output = Result<Response<Body>, Infallible>> + Send + use<> {
+        connection.spoke.notify_one();
+        let arriving = self.tally.arriving(connection.principal);
+        let answer = arriving.map(|place| {
+            let span = telemetry::rpc_span(request.headers(), request.uri().path());
+            let mut request = request.map(|body| TimeoutBody::new(REQUEST_BODY_TIMEOUT, body));
+            let arrival = Arrival { connection: connection.clone(), span, _place: Arc::new(place) };
+            request.extensions_mut().insert(arrival);
+            // Routes are always ready.
+            self.routes.clone().call(request)
+        });
+        let max = self.tally.limits().arriving_per_principal;
+        async move {
+            match answer {
+                Some(answer) => answer.await,
+                None => Ok(Status::from(Refusal::too_many_arriving(max)).into_http()),
+            }
+        }
+    }
 }
 
 impl Connection {
@@ -228,21 +263,6 @@ impl Connection {
         };
         attested.inspect(|_| engine.metrics.attest.good()).map_err(|error| refused(engine, &error))
     }
-}
-
-/// Hands a request to its service, with its connection and its span.
-fn call(
-    mut routes: Routes,
-    request: Request<Incoming>,
-    connection: Arc<Connection>,
-) -> impl Future<Output = Result<Response<Body>, Infallible>> + Send {
-    connection.spoke.notify_one();
-    let span = telemetry::rpc_span(request.headers(), request.uri().path());
-    let mut request = request.map(|body| TimeoutBody::new(REQUEST_BODY_TIMEOUT, body));
-    request.extensions_mut().insert(connection);
-    request.extensions_mut().insert(CallSpan(span));
-    // Routes are always ready.
-    routes.call(request)
 }
 
 /// Counts and logs a caller that cannot be attested; returns what it is told.

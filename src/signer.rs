@@ -27,6 +27,9 @@ pub trait Sign: Send + Sync + fmt::Debug {
     /// Signs one certificate: the grant's names and usages for the request's key, valid for at most the grant's lifetime.
     fn sign<'a>(&'a self, request: SigningRequest<'a>) -> Signing<'a>;
 
+    /// Whether it could sign now; what readiness tells operators.
+    fn ready(&self) -> Result<(), SignError>;
+
     /// The roots that verify this signer's certificates. A new root is in it before the first leaf from that root.
     fn bundle(&self) -> watch::Receiver<Arc<Bundle>>;
 }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use super::{Exit, UsageError};
@@ -51,11 +51,14 @@ pub struct Args {
 /// Runs the agent until SIGTERM or SIGINT; a second one exits at once.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     super::forbid_tracing();
+    super::raise_descriptor_limit();
     let overrides =
         Overrides { socket: args.socket, state_dir: args.state_dir, policies: args.policies, admin: args.admin };
     let config = Config::load(args.config.as_deref(), overrides).map_err(usage)?;
     let telemetry = start_telemetry(&config.log)?;
     let stop = CancellationToken::new();
+    // Before anything is bound: whoever sees the socket can already stop the agent in good order.
+    let signals = Signals::catch().context("catching signals")?;
     let parts = parts(config, stop.clone())?;
     let bound = agent::build(parts).await?;
     tracing::info!(socket = %bound.socket.display(), admin = bound.admin.map(tracing::field::display), "ready");
@@ -67,7 +70,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
             ended?;
             Ok(ExitCode::SUCCESS)
         }
-        () = second_signal(stop) => Ok(Exit::Failure.into()),
+        () = signals.second(stop) => Ok(Exit::Failure.into()),
     }
 }
 
@@ -77,7 +80,6 @@ fn parts(config: Config, stop: CancellationToken) -> anyhow::Result<Parts> {
     let policies = PolicyFiles::load(config.policies, metrics.clone()).map_err(usage)?;
     let signer =
         Arc::new(Embedded::open(ca(config.embedded, config.state_dir), &clock, metrics.signer(embedded::NAME))?);
-    readiness.condition("signer").holds();
     let in_force = policies.subscribe();
     Ok(Parts {
         socket: config.socket,
@@ -126,19 +128,29 @@ fn usage(error: impl std::fmt::Display) -> UsageError {
     UsageError(error.to_string())
 }
 
-/// The first signal stops, the second ends this.
-async fn second_signal(stop: CancellationToken) {
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
-        return std::future::pending().await;
-    };
-    for first in [true, false] {
+/// SIGTERM and SIGINT, caught from its making on.
+struct Signals {
+    term: Signal,
+    int: Signal,
+}
+
+impl Signals {
+    fn catch() -> io::Result<Self> {
+        Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
+    }
+
+    /// Stops at the first signal; ends at the second.
+    async fn second(mut self, stop: CancellationToken) {
+        self.next().await;
+        tracing::info!("stopping; a second signal exits at once");
+        stop.cancel();
+        self.next().await;
+    }
+
+    async fn next(&mut self) {
         tokio::select! {
-            _ = term.recv() => {}
-            _ = int.recv() => {}
-        }
-        if first {
-            tracing::info!("stopping; a second signal exits at once");
-            stop.cancel();
+            _ = self.term.recv() => {}
+            _ = self.int.recv() => {}
         }
     }
 }

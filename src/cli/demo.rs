@@ -60,7 +60,6 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let (name, ca_lifetime) = (embedded::NAME, embedded::DEFAULT_CA_LIFETIME);
     let signer = Arc::new(Embedded::ephemeral(ca_lifetime, &clock, metrics.signer(name))?);
     let (readiness, limits) = (Readiness::new(), LimitsFile::default());
-    readiness.condition("signer").holds();
     let bound = agent::build(Parts {
         socket: folder.path().join("csrd.sock"),
         admin: None,

@@ -64,6 +64,10 @@ impl Sign for Scripted {
     fn bundle(&self) -> watch::Receiver<Arc<Bundle>> {
         self.bundle.subscribe()
     }
+
+    fn ready(&self) -> Result<(), SignError> {
+        self.ca.ready()
+    }
 }
 
 /// A hub that runs, and what it stands on.
@@ -442,6 +446,9 @@ async fn a_lost_flight_fails_its_own_caller_only() {
         }
         fn bundle(&self) -> watch::Receiver<Arc<Bundle>> {
             self.0.subscribe()
+        }
+        fn ready(&self) -> Result<(), SignError> {
+            Ok(())
         }
     }
     let bench = Bench::new();

@@ -90,12 +90,12 @@ impl RequestError {
 /// What a request asks for, and the key that its caller holds.
 pub(super) fn ask(request: Option<v1::CertificateRequest>) -> Result<(Ask, Option<Held>), RequestError> {
     let request = request.ok_or(RequestError::Missing("request"))?;
-    let usages = usages(&request.usages)?;
     let lifetime = request.lifetime.map(lifetime).transpose()?;
     let signer = optional_name("signer_name", request.signer_name)?;
     let policy = optional_name("policy", request.policy)?;
     let given =
         names(request.common_name, request.organizations, &request.dns_names, &request.ip_addresses, request.uris)?;
+    let asked = usages(&request.usages)?;
     let (names, key, held) = match request.key {
         Some(v1::certificate_request::Key::Held(held)) => {
             if !given.is_empty() {
@@ -108,6 +108,10 @@ pub(super) fn ask(request: Option<v1::CertificateRequest>) -> Result<(Ask, Optio
         Some(v1::certificate_request::Key::Generate(value)) => (given, key_algorithm(value)?, None),
         None => (given, KeyAlgorithm::EcdsaP256, None),
     };
+    // What the message leaves open the PKCS#10 request may say, and what both leave open has a default.
+    let in_csr = held.as_ref().map(|held| held.csr.usages());
+    let usages =
+        [Some(asked), in_csr].into_iter().flatten().find(|usages| !usages.is_empty()).unwrap_or(Usages::DEFAULT);
     Ok((Ask { names, usages, key, lifetime, signer, policy }, held))
 }
 
@@ -137,9 +141,6 @@ fn names(
 fn usages(values: &[i32]) -> Result<Usages, RequestError> {
     if values.len() > MAX_USAGES {
         return Err(RequestError::TooMany { field: "usages", count: values.len(), max: MAX_USAGES });
-    }
-    if values.is_empty() {
-        return Ok(Usages::DEFAULT);
     }
     values.iter().map(|value| usage(*value)).collect()
 }

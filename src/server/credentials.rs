@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
 
-use super::{Connection, Engine, convert};
+use super::{Arrival, Engine, convert};
 use crate::proto::v1;
 
 /// The service.
@@ -24,7 +24,7 @@ impl v1::status_service_server::StatusService for Credentials {
         &self,
         request: Request<v1::ListCredentialsRequest>,
     ) -> Result<Response<v1::ListCredentialsResponse>, Status> {
-        let connection = request.extensions().get::<Arc<Connection>>().expect("the server sets it");
+        let connection = &request.extensions().get::<Arrival>().expect("the server sets it").connection;
         let caller = connection.workload(&self.engine).await?;
         let uid = caller.unix().uid;
         let operator = uid == 0 || uid == self.engine.operator_uid;

@@ -13,7 +13,7 @@ use tonic::{Code, Request, Response, Status};
 use tracing::Instrument as _;
 
 use super::{
-    CallSpan, Connection, Engine, convert,
+    Arrival, Connection, Engine, convert,
     limits::{Place, Tally},
     status::Refusal,
 };
@@ -54,8 +54,8 @@ impl Issuance {
 
     /// Proves the caller of `request`.
     async fn call<T>(&self, request: &Request<T>) -> Result<Call, Status> {
-        let CallSpan(span) = request.extensions().get::<CallSpan>().expect("the server sets it").clone();
-        let connection = request.extensions().get::<Arc<Connection>>().expect("the server sets it").clone();
+        let arrival = request.extensions().get::<Arrival>().expect("the server sets it");
+        let (span, connection) = (arrival.span.clone(), arrival.connection.clone());
         let attested = connection.workload(&self.engine);
         let attested = attested.instrument(tracing::debug_span!(parent: &span, "attest")).await;
         let workload = attested.map_err(|status| ended(&span, status))?;

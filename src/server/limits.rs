@@ -14,11 +14,19 @@ pub struct Limits {
     pub connections_per_principal: usize,
     /// Open streams of one principal.
     pub streams_per_principal: usize,
+    /// Requests of one principal whose message is not there yet, each of which may hold
+    /// [`MAX_REQUEST_BYTES`](super::MAX_REQUEST_BYTES).
+    pub arriving_per_principal: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connections: 8192, connections_per_principal: 2048, streams_per_principal: 4096 }
+        Self {
+            connections: 8192,
+            connections_per_principal: 2048,
+            streams_per_principal: 4096,
+            arriving_per_principal: 256,
+        }
     }
 }
 
@@ -35,6 +43,7 @@ enum Kind {
     AllConnections,
     Connections,
     Streams,
+    Arriving,
 }
 
 /// One place that is held until it is dropped.
@@ -49,11 +58,13 @@ impl Tally {
         Self { limits, held: Arc::default() }
     }
 
+    /// The bounds.
+    pub(super) fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
     /// A place for a connection; `None` when all, or all of this principal's, are taken.
-    ///
-    /// Callers that could not be attested share one principal's places.
-    pub(super) fn connection(&self, principal: Option<u64>) -> Option<Place> {
-        let principal = principal.unwrap_or(u64::MAX);
+    pub(super) fn connection(&self, principal: u64) -> Option<Place> {
         self.take(&[
             (Kind::AllConnections, 0, self.limits.connections),
             (Kind::Connections, principal, self.limits.connections_per_principal),
@@ -63,6 +74,11 @@ impl Tally {
     /// A place for a stream; `None` when all of this principal's are taken.
     pub(super) fn stream(&self, principal: u64) -> Option<Place> {
         self.take(&[(Kind::Streams, principal, self.limits.streams_per_principal)])
+    }
+
+    /// A place for a request that arrives; `None` when all of this principal's are taken.
+    pub(super) fn arriving(&self, principal: u64) -> Option<Place> {
+        self.take(&[(Kind::Arriving, principal, self.limits.arriving_per_principal)])
     }
 
     fn take(&self, wanted: &[(Kind, u64, usize)]) -> Option<Place> {
@@ -100,19 +116,26 @@ mod tests {
 
     #[test]
     fn places_are_given_up_to_each_bound_and_come_back_when_dropped() {
-        let limits = Limits { connections: 3, connections_per_principal: 2, streams_per_principal: 1 };
+        let limits = Limits {
+            connections: 3,
+            connections_per_principal: 2,
+            streams_per_principal: 1,
+            arriving_per_principal: 1,
+        };
         let tally = Tally::new(limits);
-        let first = tally.connection(Some(1)).expect("the first of two");
-        let second = tally.connection(Some(1)).expect("the second of two");
-        assert!(tally.connection(Some(1)).is_none(), "one past the principal's bound");
-        let third = tally.connection(Some(2)).expect("the third of three");
-        assert!(tally.connection(Some(3)).is_none(), "one past the bound for all");
+        let first = tally.connection(1).expect("the first of two");
+        let second = tally.connection(1).expect("the second of two");
+        assert!(tally.connection(1).is_none(), "one past the principal's bound");
+        let third = tally.connection(2).expect("the third of three");
+        assert!(tally.connection(3).is_none(), "one past the bound for all");
         drop(first);
-        assert!(tally.connection(Some(3)).is_some());
+        assert!(tally.connection(3).is_some());
         let stream = tally.stream(1).expect("the only one");
         assert!(tally.stream(1).is_none(), "one past the bound on streams");
         assert!(tally.stream(2).is_some(), "another principal has its own");
-        drop((second, third, stream));
+        let arriving = tally.arriving(1).expect("the only one");
+        assert!(tally.arriving(1).is_none(), "one past the bound on requests that arrive");
+        drop((second, third, stream, arriving));
         assert!(tally.lock().is_empty(), "nothing is remembered of those that left");
     }
 }

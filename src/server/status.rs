@@ -40,6 +40,13 @@ impl Refusal {
         Self::new(Code::PermissionDenied, "PEER_CHANGED", message)
     }
 
+    /// The principal has as many requests on their way as it may.
+    pub(super) fn too_many_arriving(max: usize) -> Self {
+        let message =
+            format!("requests: {max} of this workload's user are arriving, at most {max} allowed; send fewer at once");
+        Self::new(Code::ResourceExhausted, "TOO_MANY_REQUESTS", message)
+    }
+
     /// The principal has as many streams open as it may.
     pub(super) fn too_many_streams(max: usize) -> Self {
         let message =

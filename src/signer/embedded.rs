@@ -209,6 +209,10 @@ impl Sign for Embedded {
         NAME
     }
 
+    fn ready(&self) -> Result<(), SignError> {
+        self.generations().signing(self.clock.now()).map(drop).ok_or(SignError::CaNotValid)
+    }
+
     fn sign<'a>(&'a self, request: SigningRequest<'a>) -> Signing<'a> {
         Box::pin(async move {
             (request.progress)(Stage::Requested(NAME.to_owned()));

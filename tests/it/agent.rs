@@ -4,7 +4,7 @@ use std::{
     fs,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
-    process::{Child, Command, Output, Stdio},
+    process::{Child, Command, Output},
     time::Duration,
 };
 
@@ -19,6 +19,8 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 use tonic_types::StatusExt as _;
+
+use crate::attest::is_root;
 
 /// Far above what anything here takes, for a machine under load.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -44,13 +46,15 @@ impl Agent {
     pub(crate) async fn spawn(&mut self) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_csrd"));
         command.arg("agent").arg("--socket").arg(self.socket()).arg("--state-dir").arg(self.path("state"));
-        command.arg("--policy").arg(self.path("policy.yaml")).stderr(Stdio::null());
+        command.arg("--policy").arg(self.path("policy.yaml")).stderr(fs::File::create(self.path("log")).unwrap());
         self.child = Some(command.spawn().unwrap());
         timeout(PATIENCE, self.answers()).await.expect("the agent serves");
     }
 
-    async fn answers(&self) {
+    async fn answers(&mut self) {
         while self.try_channel().await.is_err() {
+            let ended = self.child.as_mut().unwrap().try_wait().unwrap();
+            assert!(ended.is_none(), "the agent ended at its start: {ended:?}");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
@@ -114,7 +118,7 @@ impl Agent {
                 // The binary may lie in a folder that only root can enter.
                 let copy = self.path("csrd");
                 if !copy.exists() {
-                    fs::copy(program, &copy).unwrap();
+                    assert!(Command::new("cp").arg(program).arg(&copy).status().unwrap().success());
                 }
                 let mut command = Command::new("setpriv");
                 command.args([&format!("--reuid={uid}"), &format!("--regid={uid}"), "--clear-groups", "--"]).arg(copy);
@@ -143,13 +147,14 @@ metadata: {{name: test}}
 spec:
   match: {{unix: {{uids: {uids:?}}}}}
   allow:
-    commonNames: ['*']
+    commonNames: ['{}']
     dnsNames: ['*.example.org']
     keys: [ecdsa-p256, ecdsa-p384, ed25519, rsa-2048, rsa-3072, rsa-4096]
     usages: [digital signature, key encipherment, server auth, client auth]
     lifetime: {{min: 2s, default: 1h, max: 24h}}
   offer: [{{spiffeId: 'spiffe://example.org/user/{{unix.uid}}'}}]
-"
+",
+        "x".repeat(64)
     )
 }
 
@@ -193,14 +198,6 @@ fn reason(status: &Status) -> String {
     info.reason
 }
 
-fn is_root(test: &str) -> bool {
-    let root = uid() == 0;
-    if !root {
-        eprintln!("{test}: skipped, only root can run commands as other users");
-    }
-    root
-}
-
 #[tokio::test]
 async fn every_kind_of_key_is_issued_and_the_private_half_fits() {
     let agent = Agent::start(&policy()).await;
@@ -239,7 +236,7 @@ async fn input_that_nobody_should_send_gets_its_code_its_reason_and_the_field() 
         };
         assert_eq!((refused.code(), reason(&refused).as_str()), (code, expected), "{request:?}: {}", refused.message());
         assert!(refused.message().contains(words), "{:?} does not say {words:?}", refused.message());
-        let streamed = agent.subscribe(follow(request)).await.err().expect("Subscribe refuses what Issue refuses");
+        let streamed = agent.subscribe(follow(request)).await.expect_err("Subscribe refuses what Issue refuses");
         assert_eq!(streamed.code(), code);
     }
     let agent = Agent::start(&policy()).await;
@@ -319,7 +316,7 @@ async fn input_that_nobody_should_send_gets_its_code_its_reason_and_the_field() 
     let missing = agent.client().await.issue_certificate(v1::IssueCertificateRequest { request: None }).await;
     assert_eq!(reason(&missing.expect_err("nothing asked")), "REQUEST_INVALID");
     let unknown = v1::SubscribeRequest { certificate_id: "no such id".into(), ..Default::default() };
-    let unknown = agent.subscribe(unknown).await.err().expect("no such id");
+    let unknown = agent.subscribe(unknown).await.expect_err("no such id");
     assert_eq!((unknown.code(), reason(&unknown).as_str()), (Code::NotFound, "CERTIFICATE_UNKNOWN"));
     let bundle = v1::WatchTrustBundleRequest { signer_name: "none".into() };
     let unknown = agent.client().await.watch_trust_bundle(bundle).await.expect_err("no such signer");

@@ -197,8 +197,9 @@ async fn an_executable_at_a_path_of_its_own_mounts_has_no_path() {
     let (_stream, peer) = scene.connect().await;
     let cat = output(Command::new("sh").arg("-c").arg("command -v cat"));
     let (trusted, fake) = (scene.folder.path().join("trusted"), scene.folder.path().join("fake"));
-    fs::copy(&cat, &trusted).unwrap();
-    fs::copy(&cat, &fake).unwrap();
+    for copy in [&trusted, &fake] {
+        output(Command::new("cp").arg(&cat).arg(copy));
+    }
     let script = format!("mount --bind {} {trusted} && exec {trusted}", fake.display(), trusted = trusted.display());
     fs::write(scene.folder.path().join("script"), script).unwrap();
     scene.actor.exec(&format!("unshare --mount sh {}", scene.folder.path().join("script").display()));
@@ -483,7 +484,7 @@ fn reason<T>(result: Result<T, AttestError>) -> &'static str {
 }
 
 /// Whether the test can be run; says so if not.
-fn is_root(test: &str) -> bool {
+pub(crate) fn is_root(test: &str) -> bool {
     let root = rustix::process::geteuid().is_root();
     if !root {
         // Past libtest's capture, so that it is seen when the test passes.

@@ -73,7 +73,7 @@ impl Host {
     fn connect(&mut self, pipe_bytes: usize) -> RawClient<DuplexStream> {
         let (client, io) = tokio::io::duplex(pipe_bytes);
         let (server, caller) = (self.server.clone(), Caller::Fixed(Arc::new(Workload::of_uid(1000))));
-        self.connections.spawn(async move { server.connection(io, Ok(caller)).await });
+        self.connections.spawn(async move { server.connection(io, 1000, Ok(caller)).await });
         RawClient::new(client)
     }
 

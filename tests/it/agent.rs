@@ -239,7 +239,7 @@ async fn input_that_nobody_should_send_gets_its_code_its_reason_and_the_field() 
         };
         assert_eq!((refused.code(), reason(&refused).as_str()), (code, expected), "{request:?}: {}", refused.message());
         assert!(refused.message().contains(words), "{:?} does not say {words:?}", refused.message());
-        let streamed = agent.subscribe(follow(request)).await.err().expect("Subscribe refuses what Issue refuses");
+        let streamed = agent.subscribe(follow(request)).await.expect_err("Subscribe refuses what Issue refuses");
         assert_eq!(streamed.code(), code);
     }
     let agent = Agent::start(&policy()).await;
@@ -319,7 +319,7 @@ async fn input_that_nobody_should_send_gets_its_code_its_reason_and_the_field() 
     let missing = agent.client().await.issue_certificate(v1::IssueCertificateRequest { request: None }).await;
     assert_eq!(reason(&missing.expect_err("nothing asked")), "REQUEST_INVALID");
     let unknown = v1::SubscribeRequest { certificate_id: "no such id".into(), ..Default::default() };
-    let unknown = agent.subscribe(unknown).await.err().expect("no such id");
+    let unknown = agent.subscribe(unknown).await.expect_err("no such id");
     assert_eq!((unknown.code(), reason(&unknown).as_str()), (Code::NotFound, "CERTIFICATE_UNKNOWN"));
     let bundle = v1::WatchTrustBundleRequest { signer_name: "none".into() };
     let unknown = agent.client().await.watch_trust_bundle(bundle).await.expect_err("no such signer");

@@ -1,6 +1,6 @@
 //! Credentials over time: issued once, renewed, fanned out to whoever follows them.
 //!
-//! An [`Entry`](entry::Entry) is one credential of one workload. It is issued by at most one flight at a time, renewed at a
+//! An `Entry` is one credential of one workload. It is issued by at most one flight at a time, renewed at a
 //! point drawn once per certificate, and published through a `watch` channel, so that a slow follower sees the newest
 //! state and never an older certificate after a newer one. A certificate that is still valid is never given up for a
 //! failed renewal. An entry that nobody follows is not renewed and is forgotten, with its key, after [`LINGER`].

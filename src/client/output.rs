@@ -1,7 +1,7 @@
 //! What is shown: pure functions from answers to text and JSON.
 //!
 //! JSON names are the proto's field names and stay stable; tables are for people and do not. A private key is rendered
-//! only by [`json`], [`pem`] and [`secret`], which are asked for by name, into buffers that are wiped; no other function
+//! only by [`json()`], [`pem()`] and [`secret`], which are asked for by name, into buffers that are wiped; no other function
 //! here sees one. Deliberately not here: writing it anywhere.
 
 use std::fmt;

@@ -1,6 +1,6 @@
 //! Certificates on disk.
 //!
-//! [`Sink::Folder`] is laid out as the kubelet lays out a secret volume: `DIR/tls.key` is a link to `..data/tls.key`, and
+//! A [`Target::Folder`] is laid out as the kubelet lays out a secret volume: `DIR/tls.key` is a link to `..data/tls.key`, and
 //! `..data` is a link to a folder that holds one whole set and never changes. A new set is written and synced beside it,
 //! then one rename(2) moves `..data`: whoever reads through `..data` sees one set, at any moment, also after a crash.
 //! Unlike the kubelet we keep the set before the current one until the next write, for readers that have followed the

@@ -68,7 +68,7 @@ pub struct Verdict {
     pub against: Vec<String>,
 }
 
-/// What [`decide`](super::decide) would say to a workload with these facts, for offline checks.
+/// What [`decide`](super::decide)(super::decide) would say to a workload with these facts, for offline checks.
 pub fn explain(policies: &PolicySet, facts: &UnixFacts, ask: &Ask) -> Explanation {
     let mut refused = BTreeMap::new();
     let mut verdicts = Vec::new();

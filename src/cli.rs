@@ -166,6 +166,14 @@ fn raise_descriptor_limit() {
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
+/// Keeps the allocator from asking for 2 MiB pages, which would take more memory than an idle agent uses.
+///
+/// For the agent only: a child of `csrd watch` would inherit it.
+fn forbid_huge_pages() {
+    // PR_SET_THP_DISABLE fails only where the kernel has no huge pages (PR_SET_THP_DISABLE(2const)).
+    let _ = rustix::thread::disable_transparent_huge_pages(true);
+}
+
 /// Keeps other processes of the same user from attaching to this one and reading its memory; for the agent, which holds
 /// the CA key.
 ///

@@ -52,6 +52,7 @@ pub struct Args {
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     super::forbid_tracing();
     super::raise_descriptor_limit();
+    super::forbid_huge_pages();
     let overrides =
         Overrides { socket: args.socket, state_dir: args.state_dir, policies: args.policies, admin: args.admin };
     let config = Config::load(args.config.as_deref(), overrides).map_err(usage)?;

@@ -1,6 +1,6 @@
 //! The budgets: each figure beside its floor, measured in the same run on the same machine by the same client.
 //!
-//! `cargo bench` prints the table. The floor is a tonic server on a unix socket that attests nobody and streams one
+//! `cargo bench` prints the table; `cargo bench -- warm` only the rows of the groups whose name has that in it. The floor is a tonic server on a unix socket that attests nobody and streams one
 //! canned answer of the same size (current-thread runtime), or what the row says. Nothing here passes or fails: machines
 //! are noisy, ratios hold.
 
@@ -21,20 +21,38 @@ mod table;
 use table::Table;
 
 fn main() {
-    let mut arguments = std::env::args().skip(1);
-    if arguments.next().as_deref() == Some(floor::ARGUMENT) {
+    let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
+    let wanted = arguments.next().unwrap_or_default();
+    if wanted == floor::ARGUMENT {
         return floor::serve(&arguments.next().expect("the floor is given a socket"));
     }
+    let wants = |group: &str| group.contains(&wanted);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let mut table = Table::new();
-        process::start(&mut table).await;
-        fetch::new_identity(&mut table).await;
-        fetch::warm(&mut table).await;
-        fetch::issuance(&mut table).await;
-        streams::idle_memory(&mut table).await;
-        streams::rotation(&mut table).await;
-        fetch::idle_cpu(&mut table).await;
-        process::binary(&mut table);
+        if wants("start") {
+            process::start(&mut table).await;
+        }
+        if wants("new") {
+            fetch::new_identity(&mut table).await;
+        }
+        if wants("warm") {
+            fetch::warm(&mut table).await;
+        }
+        if wants("issuance") {
+            fetch::issuance(&mut table).await;
+        }
+        if wants("memory") {
+            streams::idle_memory(&mut table).await;
+        }
+        if wants("rotation") {
+            streams::rotation(&mut table).await;
+        }
+        if wants("idle") {
+            fetch::idle_cpu(&mut table).await;
+        }
+        if wants("binary") {
+            process::binary(&mut table);
+        }
     });
 }

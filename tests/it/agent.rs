@@ -111,6 +111,11 @@ impl Agent {
 
     /// A command of ours as `uid`.
     fn command(&self, uid: Option<u32>, arguments: &[&str]) -> Output {
+        self.as_user(uid).args(arguments).output().unwrap()
+    }
+
+    /// Our program as `uid`, to be given its arguments.
+    pub(crate) fn as_user(&self, uid: Option<u32>) -> Command {
         let program = env!("CARGO_BIN_EXE_csrd");
         let mut command = match uid {
             None => Command::new(program),
@@ -125,7 +130,8 @@ impl Agent {
                 command
             }
         };
-        command.args(arguments).env("CSRD_SOCKET", self.socket()).output().unwrap()
+        command.env("CSRD_SOCKET", self.socket());
+        command
     }
 }
 
@@ -560,4 +566,34 @@ async fn a_stopped_agent_leaves_no_socket_and_a_killed_ones_socket_is_taken_over
     agent.spawn().await;
     assert!(agent.terminate().await.success());
     assert!(!agent.socket().exists());
+}
+
+#[tokio::test]
+async fn an_agent_killed_at_any_stage_hands_out_a_whole_certificate_or_none_and_starts_again() {
+    use v1::{StageKind, issue_certificate_response::Event};
+    let mut agent = Agent::start(&policy()).await;
+    let roots = agent.issue(ask("a.example.org")).await.unwrap().trust_bundle;
+    for last in [StageKind::Attested, StageKind::Granted, StageKind::Requested, StageKind::Issued] {
+        let request = v1::IssueCertificateRequest { request: Some(ask("a.example.org")) };
+        let mut answers = agent.client().await.issue_certificate(request).await.unwrap().into_inner();
+        let mut certificate = None;
+        loop {
+            match answers.message().await {
+                Ok(Some(v1::IssueCertificateResponse { event: Some(Event::Stage(stage)) })) if stage.kind() == last => {
+                    agent.kill();
+                }
+                Ok(Some(v1::IssueCertificateResponse { event: Some(Event::Certificate(whole)) })) => {
+                    certificate = Some(whole);
+                }
+                Ok(Some(_)) => {}
+                Ok(None) | Err(_) => break,
+            }
+        }
+        if let Some(certificate) = certificate {
+            csrd::x509::Chain::from_pem(&certificate.certificate_chain).unwrap();
+            csrd::x509::PrivateKey::from_pem(&certificate.private_key).unwrap();
+        }
+        agent.spawn().await;
+        assert_eq!(agent.issue(ask("a.example.org")).await.unwrap().trust_bundle, roots, "after {last:?}");
+    }
 }

@@ -11,6 +11,7 @@ mod fake_agent;
 mod help;
 mod hostile_h2;
 mod issue;
+mod openssl;
 mod raw_h2;
 mod telemetry;
 mod tidy;

@@ -166,7 +166,7 @@ fn raise_descriptor_limit() {
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
-/// Keeps the allocator from asking for 2 MiB pages, which would take more memory than an idle agent uses.
+/// Keeps the kernel from giving the agent 2 MiB pages unasked, where it is set to: an idle agent would fill a few of them.
 ///
 /// For the agent only: a child of `csrd watch` would inherit it.
 fn forbid_huge_pages() {

@@ -6,7 +6,7 @@
 //! failed renewal. An entry that nobody follows is not renewed and is forgotten, with its key, after [`LINGER`].
 //!
 //! This is the only stateful, timed actor. [`Hub`] is its handle: every method takes the lock for a moment and never
-//! across an await. [`Hub::run`] is its body: it alone starts flights, so priorities and the token bucket hold there.
+//! across an await. [`Hub::run`] is its body: it alone starts flights, so their order and the token bucket hold there.
 //! What one attempt does is `issue`'s business; who may ask is `policy`'s.
 
 mod entry;
@@ -19,6 +19,7 @@ mod tests;
 
 use std::{
     collections::HashMap,
+    error::Error,
     fmt,
     hash::{Hash, Hasher},
     sync::{Arc, Mutex, MutexGuard},
@@ -44,7 +45,7 @@ pub use state::Row;
 pub use subscription::{Event, Subscription};
 
 use entry::{Entry, Key};
-use queue::{Priority, Queue};
+use queue::{Queue, Turn};
 use state::State;
 
 /// How long an entry that nobody follows is kept for a follower that comes back.
@@ -55,7 +56,7 @@ pub const MAX_IDLE_PER_PRINCIPAL: usize = 256;
 pub const MAX_ENTRIES_PER_PRINCIPAL: usize = 2048;
 /// Entries of all principals; one more is refused.
 pub const MAX_ENTRIES: usize = 32_768;
-/// Flights under way at once; more wait in order of priority.
+/// Flights under way at once; more wait for their turn.
 pub const MAX_FLIGHTS: usize = 64;
 /// How long one attempt may take before it counts as failed.
 pub const FLIGHT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -284,7 +285,7 @@ impl Hub {
         state.followed(id, now);
         let entry = &state.entries[&id];
         if entry.snapshot.borrow().live().is_some_and(|live| live.credential.not_after() <= now) {
-            state.enqueue(id, Priority::AskedNow);
+            state.enqueue(id, Turn::AskedNow);
         }
         Subscription::new(self.clone(), id, state.entries[&id].snapshot.subscribe())
     }
@@ -293,7 +294,7 @@ impl Hub {
         self.signer(&entry.grant)?;
         let rx = entry.snapshot.subscribe();
         let id = state.insert(entry, self.0.clock.now())?;
-        state.enqueue(id, Priority::AskedNow);
+        state.enqueue(id, Turn::AskedNow);
         self.publish_gauges(state);
         Ok(Subscription::new(self.clone(), id, rx))
     }
@@ -369,7 +370,7 @@ pub enum HubError {
         max: usize,
     },
     /// The attempt failed.
-    #[error("{0}")]
+    #[error(transparent)]
     Issue(Arc<IssueError>),
     /// The attempt took longer than [`FLIGHT_TIMEOUT`].
     #[error("the signer did not answer within {} s", FLIGHT_TIMEOUT.as_secs())]
@@ -383,6 +384,17 @@ pub enum HubError {
     /// The entry was given up while the caller waited for it.
     #[error("the agent is stopping")]
     Stopping,
+}
+
+/// An error and all that is behind it in one line: a refusal without its reason helps nobody.
+pub fn with_causes(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
 }
 
 impl HubError {

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::SystemTime};
 use opentelemetry::trace::SpanContext;
 use tokio::sync::watch;
 
-use super::{Held, HubError, Progress, queue::Priority};
+use super::{Held, HubError, Progress, queue::Turn};
 use crate::{
     attest::Workload,
     issue::Credential,
@@ -55,7 +55,7 @@ pub(super) struct Entry {
 pub(super) enum Flight {
     Idle,
     /// Waiting in the queue, by its rank there.
-    Queued(Priority, u64),
+    Queued(Turn, u64),
     UnderWay,
 }
 

@@ -10,7 +10,7 @@ use tokio_stream::{StreamExt as _, StreamMap, wrappers::WatchStream};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
-use super::{FLIGHT_TIMEOUT, Hub, HubError, MAX_FLIGHTS, MAX_SLEEP, STOP_GRACE, Step, entry::Flight};
+use super::{FLIGHT_TIMEOUT, Hub, HubError, MAX_FLIGHTS, MAX_SLEEP, STOP_GRACE, Step, entry::Flight, with_causes};
 use crate::{
     attest::Workload,
     issue::{self, Credential},
@@ -32,6 +32,7 @@ impl Hub {
     pub async fn run(self, stop: CancellationToken) {
         let mut flights = Flights::default();
         let mut policies = self.0.policies.clone();
+        let mut jumps = self.0.clock.jumps();
         let mut bundles = StreamMap::new();
         for (name, signer) in &self.0.signers {
             bundles.insert(name.clone(), WatchStream::from_changes(signer.sign.bundle()));
@@ -44,6 +45,7 @@ impl Hub {
                 Ok(()) = policies.changed() => self.sweep(),
                 Some((signer, bundle)) = bundles.next() => self.bundle_changed(&signer, &bundle),
                 () = self.0.wake.notified() => {}
+                () = jumps.next() => tracing::info!("the clock has jumped; what is due is looked at again"),
                 () = sleep(wait) => self.lock().fire(self.0.clock.now()),
             }
         }
@@ -165,10 +167,13 @@ fn report(workload: &Workload, signer: &str, renewal: Option<&Metrics>, outcome:
             metrics.renewals.good();
             tracing::info!(%workload, signer, "certificate renewed");
         }
-        (Err(error), None) => tracing::warn!(%workload, signer, reason = error.reason(), %error, "not issued"),
+        (Err(error), None) => {
+            tracing::warn!(%workload, signer, reason = error.reason(), error = with_causes(error), "not issued");
+        }
         (Err(error), Some(metrics)) => {
             metrics.renewals.bad(error.reason());
-            tracing::warn!(%workload, signer, reason = error.reason(), %error, "not renewed; the old certificate stays");
+            let (reason, error) = (error.reason(), with_causes(error));
+            tracing::warn!(%workload, signer, reason, error, "not renewed; the old certificate stays");
         }
     }
 }

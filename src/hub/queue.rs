@@ -1,6 +1,10 @@
-//! Who may go to a signer next: priorities, one token bucket for the signers, one for each principal.
+//! Who may go to a signer next: one order for all that wait, one token bucket for the signers, one for each principal.
 
-use std::{collections::BTreeMap, num::NonZeroU32, time::Duration};
+use std::{
+    collections::BTreeMap,
+    num::NonZeroU32,
+    time::{Duration, SystemTime},
+};
 
 use governor::{
     Quota, RateLimiter,
@@ -19,20 +23,18 @@ pub struct Rate {
     pub burst: NonZeroU32,
 }
 
-/// Order of flights that wait: whoever is waiting for an answer goes first.
+/// The order of flights that wait: whoever is waiting for an answer first, then renewals by the end of what they renew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Priority {
+pub(super) enum Turn {
     /// A caller waits for it.
     AskedNow,
-    /// A renewal that has failed before, or was cut short by policy.
-    Urgent,
-    /// A renewal at its time.
-    Routine,
+    /// A renewal of a certificate that ends then.
+    Renewal(SystemTime),
 }
 
-/// Flights that wait for a token, best first, in order of arrival within a priority.
+/// Flights that wait for a token, best first, in order of arrival among equals.
 pub(super) struct Queue {
-    waiting: BTreeMap<(Priority, u64), u128>,
+    waiting: BTreeMap<(Turn, u64), u128>,
     arrivals: u64,
     bucket: RateLimiter<NotKeyed, InMemoryState, TokioClock, NoOpMiddleware<Since>>,
     clock: TokioClock,
@@ -49,15 +51,15 @@ impl Queue {
         }
     }
 
-    /// Puts `id` at the end of its priority; returns its rank there.
-    pub(super) fn push(&mut self, priority: Priority, id: u128) -> u64 {
+    /// Puts `id` behind those with the same turn; returns its rank among them.
+    pub(super) fn push(&mut self, turn: Turn, id: u128) -> u64 {
         self.arrivals += 1;
-        self.waiting.insert((priority, self.arrivals), id);
+        self.waiting.insert((turn, self.arrivals), id);
         self.arrivals
     }
 
-    pub(super) fn remove(&mut self, priority: Priority, rank: u64) {
-        self.waiting.remove(&(priority, rank));
+    pub(super) fn remove(&mut self, turn: Turn, rank: u64) {
+        self.waiting.remove(&(turn, rank));
     }
 
     /// The best of those that wait if there is a token for it, else how long until there is one.

@@ -11,7 +11,8 @@ use rand::{Rng as _, rngs::StdRng};
 use super::{
     HubError, LINGER, MAX_ENTRIES, MAX_ENTRIES_PER_PRINCIPAL, MAX_IDLE_PER_PRINCIPAL, RENEW_WINDOW,
     entry::{Delay, Entry, Flight, Key, Live, Snapshot},
-    queue::{Priority, Queue},
+    queue::{Queue, Turn},
+    with_causes,
 };
 use crate::{
     attest::Workload,
@@ -111,8 +112,8 @@ impl State {
         if let Some(since) = entry.idle_since {
             self.idle.remove(&(principal, since, id));
         }
-        if let Flight::Queued(priority, rank) = entry.flight {
-            self.queue.remove(priority, rank);
+        if let Flight::Queued(turn, rank) = entry.flight {
+            self.queue.remove(turn, rank);
         }
         if let Some(live) = entry.snapshot.borrow().live() {
             self.expiries.remove(&(live.credential.not_after(), id));
@@ -152,16 +153,16 @@ impl State {
         }
     }
 
-    /// Puts the entry into the queue, or further ahead if it waits there with less priority.
-    pub(super) fn enqueue(&mut self, id: u128, priority: Priority) {
+    /// Puts the entry into the queue, or further ahead if it waits there for a later turn.
+    pub(super) fn enqueue(&mut self, id: u128, turn: Turn) {
         let Some(entry) = self.entries.get_mut(&id) else { return };
         match entry.flight {
             Flight::UnderWay => return,
-            Flight::Queued(present, _) if present <= priority => return,
+            Flight::Queued(present, _) if present <= turn => return,
             Flight::Queued(present, rank) => self.queue.remove(present, rank),
             Flight::Idle => {}
         }
-        entry.flight = Flight::Queued(priority, self.queue.push(priority, id));
+        entry.flight = Flight::Queued(turn, self.queue.push(turn, id));
     }
 
     /// The first end of a certificate in force.
@@ -189,8 +190,8 @@ impl State {
                 let sequence = next_sequence(&mut self.sequence, now);
                 self.change(id, |live| live.rotation_due = Some(sequence));
             } else {
-                let priority = if entry.failures > 0 { Priority::Urgent } else { Priority::Routine };
-                self.enqueue(id, priority);
+                let not_after = entry.snapshot.borrow().live().map_or(now, |live| live.credential.not_after());
+                self.enqueue(id, Turn::Renewal(not_after));
             }
         }
     }
@@ -207,7 +208,8 @@ impl State {
                 entry.grant = grant;
                 entry.decided_under = policies.clone();
                 if other && !entry.rotates_key() {
-                    self.enqueue(id, Priority::Urgent);
+                    // What is in use is no longer what was decided: ahead of every renewal that still has time.
+                    self.enqueue(id, Turn::Renewal(now));
                 }
                 None
             }
@@ -241,7 +243,7 @@ impl State {
         match outcome {
             // Policy has changed during the flight: this is no longer what the workload may have.
             Ok((credential, _)) if !same_certificate(credential.grant(), &entry.grant) => {
-                self.enqueue(id, Priority::AskedNow);
+                self.enqueue(id, Turn::AskedNow);
             }
             Ok((credential, bundle)) => {
                 entry.failures = 0;
@@ -267,7 +269,7 @@ impl State {
                 entry.failures = entry.failures.saturating_add(1);
                 let left = not_after.duration_since(now).unwrap_or_default();
                 let retry_at = now + RETRY.bounded_by(left, entry.failures, &mut self.rng);
-                let delay = Arc::new(Delay { reason: error.reason(), message: error.to_string(), retry_at });
+                let delay = Arc::new(Delay { reason: error.reason(), message: with_causes(&error), retry_at });
                 self.change(id, |live| live.delay = Some((sequence, delay)));
                 self.reschedule(id, now);
             }

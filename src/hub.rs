@@ -58,6 +58,10 @@ pub const MAX_ENTRIES_PER_PRINCIPAL: usize = 2048;
 pub const MAX_ENTRIES: usize = 32_768;
 /// Flights under way at once; more wait for their turn.
 pub const MAX_FLIGHTS: usize = 64;
+/// Flights of one principal under way at once: slow ones, as with large RSA keys, delay nobody else's.
+pub const MAX_FLIGHTS_PER_PRINCIPAL: usize = 8;
+/// How long a caller waits for its certificate, in the queue and for the signer.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(90);
 /// How long one attempt may take before it counts as failed.
 pub const FLIGHT_TIMEOUT: Duration = Duration::from_secs(60);
 /// The renew point is drawn between these fractions of a certificate's remaining life, so that its successor is out
@@ -314,6 +318,15 @@ impl Hub {
             .map_err(|retry_after| HubError::RateLimited { retry_after })
     }
 
+    /// Whether the entry's owner is `workload`, or policy would grant `workload` the same certificate.
+    fn may_have(&self, id: u128, workload: &Workload) -> bool {
+        let state = self.lock();
+        state.entries.get(&id).is_some_and(|entry| {
+            let same = |grant| state::same_certificate(&grant, &entry.grant);
+            *entry.workload == *workload || policy::decide(&self.policies(), workload, &entry.ask).is_ok_and(same)
+        })
+    }
+
     /// A follower has gone: when it was the last one, the entry starts to linger.
     fn left(&self, id: u128) {
         let mut state = self.lock();
@@ -372,14 +385,14 @@ pub enum HubError {
     /// The attempt failed.
     #[error(transparent)]
     Issue(Arc<IssueError>),
-    /// The attempt took longer than [`FLIGHT_TIMEOUT`].
-    #[error("the signer did not answer within {} s", FLIGHT_TIMEOUT.as_secs())]
+    /// The attempt took longer than [`FLIGHT_TIMEOUT`], or the caller has waited for [`ANSWER_TIMEOUT`].
+    #[error("no certificate within {} s: the signer, or the queue before it, is slow", FLIGHT_TIMEOUT.as_secs())]
     TimedOut,
     /// The attempt's task panicked; a fault of the agent.
     #[error("the issuance was lost to a fault of the agent; its log has the details")]
     Lost,
     /// A renewal failed and the certificate has expired since.
-    #[error("the certificate has expired and its renewal fails: {0}")]
+    #[error("the certificate has expired, or policy grants another by now, and its renewal fails: {0}")]
     Expired(String),
     /// The entry was given up while the caller waited for it.
     #[error("the agent is stopping")]

@@ -89,6 +89,8 @@ pub struct Live {
     pub delay: Option<(u64, Arc<Delay>)>,
     /// The follower has been told to rotate its key.
     pub rotation_due: Option<u64>,
+    /// Policy grants something else by now: nobody new is given this certificate.
+    pub superseded: bool,
 }
 
 /// A renewal that failed and will be tried again.

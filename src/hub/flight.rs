@@ -24,7 +24,13 @@ use crate::{
 #[derive(Default)]
 struct Flights {
     tasks: JoinSet<Result<Credential, HubError>>,
-    entries: HashMap<Id, u128>,
+    owners: HashMap<Id, Owner>,
+}
+
+/// Whose a flight is; its entry may be gone when it lands.
+struct Owner {
+    id: u128,
+    principal: u64,
 }
 
 impl Hub {
@@ -41,7 +47,7 @@ impl Hub {
             let wait = self.start(&mut flights);
             tokio::select! {
                 () = stop.cancelled() => break,
-                Some(landed) = flights.tasks.join_next_with_id() => self.land(&mut flights.entries, landed),
+                Some(landed) = flights.tasks.join_next_with_id() => self.land(&mut flights.owners, landed),
                 Ok(()) = policies.changed() => self.sweep(),
                 Some((signer, bundle)) = bundles.next() => self.bundle_changed(&signer, &bundle),
                 () = self.0.wake.notified() => {}
@@ -51,7 +57,7 @@ impl Hub {
         }
         let land_all = async {
             while let Some(landed) = flights.tasks.join_next_with_id().await {
-                self.land(&mut flights.entries, landed);
+                self.land(&mut flights.owners, landed);
             }
         };
         if timeout(STOP_GRACE, land_all).await.is_err() {
@@ -68,8 +74,9 @@ impl Hub {
                 Ok(Some(id)) => {
                     let entry = state.entries.get_mut(&id).expect("only entries that are held are queued");
                     entry.flight = Flight::UnderWay;
+                    let principal = entry.workload.principal();
                     let task = flights.tasks.spawn(self.flight(entry));
-                    flights.entries.insert(task.id(), id);
+                    flights.owners.insert(task.id(), Owner { id, principal });
                 }
                 Ok(None) => break,
                 Err(until_token) => {
@@ -121,7 +128,7 @@ impl Hub {
         flight.instrument(span)
     }
 
-    fn land(&self, entries: &mut HashMap<Id, u128>, landed: Result<(Id, Result<Credential, HubError>), JoinError>) {
+    fn land(&self, owners: &mut HashMap<Id, Owner>, landed: Result<(Id, Result<Credential, HubError>), JoinError>) {
         let (task, outcome) = match landed {
             Ok(landed) => landed,
             // A panic in one attempt is a fault of ours; it must not take the other workloads' certificates with it.
@@ -130,8 +137,9 @@ impl Hub {
                 (lost.id(), Err(HubError::Lost))
             }
         };
-        let Some(id) = entries.remove(&task) else { return };
+        let Some(Owner { id, principal }) = owners.remove(&task) else { return };
         let mut state = self.lock();
+        state.queue.landed(principal);
         // The roots of now, not of the signing: a change between the two has no event of its own for this entry.
         let outcome = outcome.and_then(|credential| {
             let bundle = self.signer(credential.grant())?.sign.bundle().borrow().clone();

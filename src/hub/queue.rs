@@ -1,7 +1,7 @@
 //! Who may go to a signer next: one order for all that wait, one token bucket for the signers, one for each principal.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     num::NonZeroU32,
     time::{Duration, SystemTime},
 };
@@ -13,6 +13,8 @@ use governor::{
     state::{InMemoryState, NotKeyed, keyed::HashMapStateStore},
 };
 use tokio::time::Instant;
+
+use super::MAX_FLIGHTS_PER_PRINCIPAL;
 
 /// A token bucket: so many a second, so many at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,42 +34,74 @@ pub(super) enum Turn {
     Renewal(SystemTime),
 }
 
-/// Flights that wait for a token, best first, in order of arrival among equals.
+/// Flights that wait for a token: the best turn first, and among equal turns the principal that was served longest ago,
+/// so that one principal's hundred requests do not stand before another's one.
 pub(super) struct Queue {
-    waiting: BTreeMap<(Turn, u64), u128>,
-    arrivals: u64,
+    lines: HashMap<u64, Line>,
+    counter: u64,
     bucket: RateLimiter<NotKeyed, InMemoryState, TokioClock, NoOpMiddleware<Since>>,
     clock: TokioClock,
+}
+
+/// One principal's flights.
+#[derive(Default)]
+struct Line {
+    /// In order of arrival among equal turns.
+    waiting: BTreeMap<(Turn, u64), u128>,
+    under_way: usize,
+    served: u64,
 }
 
 impl Queue {
     pub(super) fn new(rate: Rate) -> Self {
         let clock = TokioClock::new();
-        Self {
-            waiting: BTreeMap::new(),
-            arrivals: 0,
-            bucket: RateLimiter::direct_with_clock(rate.quota(), clock),
-            clock,
+        let bucket = RateLimiter::direct_with_clock(rate.quota(), clock);
+        Self { lines: HashMap::new(), counter: 0, bucket, clock }
+    }
+
+    /// Puts `id` behind those of its principal with the same turn; returns its rank among them.
+    pub(super) fn push(&mut self, principal: u64, turn: Turn, id: u128) -> u64 {
+        self.counter += 1;
+        self.lines.entry(principal).or_default().waiting.insert((turn, self.counter), id);
+        self.counter
+    }
+
+    pub(super) fn remove(&mut self, principal: u64, turn: Turn, rank: u64) {
+        if let Some(line) = self.lines.get_mut(&principal) {
+            line.waiting.remove(&(turn, rank));
         }
+        self.sweep(principal);
     }
 
-    /// Puts `id` behind those with the same turn; returns its rank among them.
-    pub(super) fn push(&mut self, turn: Turn, id: u128) -> u64 {
-        self.arrivals += 1;
-        self.waiting.insert((turn, self.arrivals), id);
-        self.arrivals
-    }
-
-    pub(super) fn remove(&mut self, turn: Turn, rank: u64) {
-        self.waiting.remove(&(turn, rank));
-    }
-
-    /// The best of those that wait if there is a token for it, else how long until there is one.
+    /// The best of those that may fly now if there is a token for it, else how long until there is one.
     pub(super) fn pop(&mut self) -> Result<Option<u128>, Duration> {
-        let Some(first) = self.waiting.first_entry() else { return Ok(None) };
-        match self.bucket.check() {
-            Ok(()) => Ok(Some(first.remove())),
-            Err(not_yet) => Err(not_yet.wait_time_from(self.clock.now())),
+        let may_fly = self.lines.values_mut().filter(|line| line.under_way < MAX_FLIGHTS_PER_PRINCIPAL);
+        let next = may_fly.filter_map(|line| Some((line.waiting.first_key_value()?.0.0, line)));
+        let Some((_, line)) = next.min_by_key(|(turn, line)| (*turn, line.served)) else { return Ok(None) };
+        self.bucket.check().map_err(|not_yet| not_yet.wait_time_from(self.clock.now()))?;
+        self.counter += 1;
+        line.served = self.counter;
+        line.under_way += 1;
+        Ok(line.waiting.pop_first().map(|(_, id)| id))
+    }
+
+    /// A flight of `principal` has ended.
+    pub(super) fn landed(&mut self, principal: u64) {
+        if let Some(line) = self.lines.get_mut(&principal) {
+            line.under_way -= 1;
+        }
+        self.sweep(principal);
+    }
+
+    /// Whether nothing waits or flies.
+    #[cfg(test)]
+    pub(super) fn is_empty(&self) -> bool {
+        self.lines.is_empty()
+    }
+
+    fn sweep(&mut self, principal: u64) {
+        if self.lines.get(&principal).is_some_and(|line| line.waiting.is_empty() && line.under_way == 0) {
+            self.lines.remove(&principal);
         }
     }
 }

@@ -113,7 +113,7 @@ impl State {
             self.idle.remove(&(principal, since, id));
         }
         if let Flight::Queued(turn, rank) = entry.flight {
-            self.queue.remove(turn, rank);
+            self.queue.remove(principal, turn, rank);
         }
         if let Some(live) = entry.snapshot.borrow().live() {
             self.expiries.remove(&(live.credential.not_after(), id));
@@ -156,13 +156,14 @@ impl State {
     /// Puts the entry into the queue, or further ahead if it waits there for a later turn.
     pub(super) fn enqueue(&mut self, id: u128, turn: Turn) {
         let Some(entry) = self.entries.get_mut(&id) else { return };
+        let principal = entry.workload.principal();
         match entry.flight {
             Flight::UnderWay => return,
             Flight::Queued(present, _) if present <= turn => return,
-            Flight::Queued(present, rank) => self.queue.remove(present, rank),
+            Flight::Queued(present, rank) => self.queue.remove(principal, present, rank),
             Flight::Idle => {}
         }
-        entry.flight = Flight::Queued(turn, self.queue.push(turn, id));
+        entry.flight = Flight::Queued(turn, self.queue.push(principal, turn, id));
     }
 
     /// The first end of a certificate in force.
@@ -207,7 +208,10 @@ impl State {
                 let other = !same_certificate(&entry.grant, &grant);
                 entry.grant = grant;
                 entry.decided_under = policies.clone();
-                if other && !entry.rotates_key() {
+                if other {
+                    self.change(id, |live| live.superseded = true);
+                }
+                if other && !self.entries[&id].rotates_key() {
                     // What is in use is no longer what was decided: ahead of every renewal that still has time.
                     self.enqueue(id, Turn::Renewal(now));
                 }
@@ -260,6 +264,7 @@ impl State {
                     bundle: (sequence, bundle),
                     delay: None,
                     rotation_due: None,
+                    superseded: false,
                 }));
                 self.reschedule(id, now);
             }
@@ -293,6 +298,7 @@ impl State {
     #[cfg(test)]
     pub(super) fn is_clean(&self) -> bool {
         self.entries.is_empty()
+            && self.queue.is_empty()
             && self.shared.is_empty()
             && self.due.is_empty()
             && self.idle.is_empty()
@@ -345,6 +351,6 @@ fn draw_renew_point(rng: &mut StdRng, now: SystemTime, not_after: SystemTime) ->
 }
 
 /// Whether a certificate under one grant would serve under the other; lifetime and policy only matter at renewal.
-fn same_certificate(a: &Grant, b: &Grant) -> bool {
+pub(super) fn same_certificate(a: &Grant, b: &Grant) -> bool {
     (a.names(), a.usages(), a.key(), a.signer()) == (b.names(), b.usages(), b.key(), b.signer())
 }

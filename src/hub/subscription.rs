@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 
 use super::{
-    Hub, HubError,
+    ANSWER_TIMEOUT, Hub, HubError,
     entry::{Delay, Live, Snapshot},
 };
-use crate::{policy::Denial, x509::Bundle};
+use crate::{attest::Workload, policy::Denial, x509::Bundle};
 
 /// Follows one credential; dropping it tells the hub that the follower has gone.
 #[derive(Debug)]
@@ -42,22 +42,30 @@ impl Subscription {
         Self { hub, id, snapshots, seen: 0 }
     }
 
-    /// This subscription once it has a certificate that has not expired.
+    /// This subscription once it has a certificate that has not expired and is what policy grants now.
+    ///
+    /// Waits at most [`ANSWER_TIMEOUT`], in the queue and for the signer.
     pub(super) async fn live(mut self) -> Result<Self, HubError> {
+        match timeout(ANSWER_TIMEOUT, self.becomes_live()).await {
+            Ok(outcome) => outcome.map(|()| self),
+            Err(_) => Err(HubError::TimedOut),
+        }
+    }
+
+    async fn becomes_live(&mut self) -> Result<(), HubError> {
         loop {
             match &*self.snapshots.borrow_and_update() {
                 Snapshot::Pending => {}
                 Snapshot::Failed(error) => return Err(error.clone()),
                 Snapshot::Denied(_, denial) => return Err(HubError::Denied(denial.clone())),
                 Snapshot::Live(live) => match &live.delay {
-                    _ if live.credential.not_after() > self.hub.0.clock.now() => break,
+                    _ if live.credential.not_after() > self.hub.0.clock.now() && !live.superseded => return Ok(()),
                     Some((_, delay)) => return Err(HubError::Expired(delay.message.clone())),
                     None => {}
                 },
             }
             self.snapshots.changed().await.map_err(|_| HubError::Stopping)?;
         }
-        Ok(self)
     }
 
     /// This subscription as of `sequence`: nothing up to it is returned again. A sequence from the future counts as none.
@@ -70,6 +78,14 @@ impl Subscription {
     /// The id by which the same workload can follow this credential again.
     pub fn id(&self) -> String {
         format!("{:032x}", self.id)
+    }
+
+    /// Whether `workload` may be given this credential: it is its owner's, or policy grants `workload` the same one.
+    ///
+    /// A process becomes another workload when it executes another program, and also when its program's file is replaced
+    /// by an upgrade; only the first may cost it its certificate, and only where a policy looks at programs.
+    pub fn is_for(&self, workload: &Workload) -> bool {
+        self.hub.may_have(self.id, workload)
     }
 
     /// Whether the follower has had an event, in this stream or an earlier one.

@@ -395,6 +395,83 @@ async fn after_a_clock_jump_renewals_pass_through_the_bucket_and_whoever_asks_go
 }
 
 #[tokio::test(start_paused = true)]
+async fn slow_flights_of_one_principal_delay_nobody_else() {
+    const ASKED: usize = 100;
+    let bench = Bench::new();
+    *bench.signer.delay.lock().unwrap() = Duration::from_secs(1);
+    let flood = (0..ASKED).map(|n| {
+        let (hub, name) = (bench.hub.clone(), format!("n{n}.example.org"));
+        tokio::spawn(async move { hub.subscribe(Arc::new(Workload::of_uid(1)), ask(&name), None).await.map(drop) })
+    });
+    let flood: Vec<_> = flood.collect();
+    sleep(Duration::from_millis(10)).await;
+    assert_eq!(bench.calls(), MAX_FLIGHTS_PER_PRINCIPAL, "so many at once and no more");
+    let began = bench.clock.now();
+    bench.subscribe(2, "a.example.org").await.expect("another principal");
+    assert_eq!(bench.clock.now().duration_since(began).unwrap(), Duration::from_secs(1), "it did not wait");
+    for asked in flood {
+        asked.await.unwrap().expect("everyone is served in the end");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_waits_too_long_is_told_so() {
+    let bench = Bench::new();
+    *bench.signer.delay.lock().unwrap() = FLIGHT_TIMEOUT - Duration::from_secs(1);
+    let waiting: Vec<_> = (0..=2 * MAX_FLIGHTS_PER_PRINCIPAL)
+        .map(|n| {
+            let (hub, name) = (bench.hub.clone(), format!("n{n}.example.org"));
+            tokio::spawn(async move { hub.subscribe(Arc::new(Workload::of_uid(1)), ask(&name), None).await.map(drop) })
+        })
+        .collect();
+    let mut late = 0;
+    for asked in waiting {
+        if let Err(error) = asked.await.unwrap() {
+            assert_eq!(error.reason(), "SIGNER_TIMEOUT");
+            late += 1;
+        }
+    }
+    assert!(late > MAX_FLIGHTS_PER_PRINCIPAL, "only the first round fits into the time: {late}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_certificate_that_policy_has_replaced_is_given_to_nobody_new() {
+    let bench = Bench::new();
+    let offering = |id: &str| {
+        let text = format!(
+            "apiVersion: csrd.dev/v1alpha1\nkind: CertificatePolicy\nmetadata: {{name: test}}\n\
+             spec: {{match: {{unix: {{uids: [1]}}}}, offer: [{{spiffeId: '{id}'}}]}}\n"
+        );
+        Arc::new(PolicySet::parse(&[Source { origin: "test".into(), text }]).unwrap())
+    };
+    let whatever = Ask { names: Names::default(), ..ask("a.example.org") };
+    let subscribe = || bench.hub.subscribe(Arc::new(Workload::of_uid(1)), whatever.clone(), None);
+    bench.policies.send_replace(offering("spiffe://example.org/old"));
+    let mut first = subscribe().await.unwrap();
+    certificate(first.next().await);
+    bench.policies.send_replace(offering("spiffe://example.org/new"));
+    let mut second = subscribe().await.unwrap();
+    for follower in [&mut first, &mut second] {
+        let live = certificate(follower.next().await);
+        assert_eq!(live.credential.grant().names().uris, ["spiffe://example.org/new"]);
+    }
+    bench.fail(Some(unavailable()));
+    bench.policies.send_replace(offering("spiffe://example.org/newer"));
+    assert_eq!(subscribe().await.expect_err("only the replaced one is there").reason(), "CERTIFICATE_EXPIRED");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_credential_is_for_whoever_policy_would_grant_the_same() {
+    let bench = Bench::new();
+    let subscription = bench.subscribe(1, "a.example.org").await.unwrap();
+    let mut upgraded = Workload::of_uid(1).unix().clone();
+    upgraded.executable = None;
+    assert!(subscription.is_for(&Workload::of_uid(1)));
+    assert!(subscription.is_for(&Workload::for_test(upgraded)), "no policy looks at the executable");
+    assert!(!subscription.is_for(&Workload::of_uid(9)), "no policy knows this user");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_held_key_is_certified_again_unless_its_holder_wants_to_rotate_it() {
     let bench = Bench::new();
     let key = PrivateKey::generate(KeyAlgorithm::EcdsaP256).unwrap();

@@ -105,16 +105,23 @@ impl PolicyFiles {
     pub async fn run(mut self, stop: CancellationToken) {
         // One pending hint is enough: it only says that it is worth looking.
         let (tell, mut told) = mpsc::channel(1);
-        let mut watcher = watcher(&self.paths, &tell);
+        let mut watcher = None;
+        // What is watched may be gone after a change: a folder replaced, a link that points elsewhere.
+        let mut stale = true;
         loop {
+            if stale {
+                watcher = tokio::select! {
+                    () = stop.cancelled() => return,
+                    watcher = watch_apart(&self.paths, &tell) => watcher,
+                };
+            }
             // Look first: the files may have changed between the load and the start of the watch.
-            let changed = tokio::select! {
+            stale = tokio::select! {
                 () = stop.cancelled() => return,
                 changed = self.look() => changed,
             };
-            if changed {
-                // What was watched may be gone: a folder replaced, a link that points elsewhere.
-                watcher = self::watcher(&self.paths, &tell);
+            if stale {
+                continue;
             }
             tokio::select! {
                 () = stop.cancelled() => return,
@@ -254,6 +261,13 @@ fn read_file(path: &Path, left: usize) -> Result<String, String> {
 
 fn problem(path: &Path, message: String) -> Problem {
     Problem { file: path.display().to_string(), line: 0, field: String::new(), message }
+}
+
+/// [`watcher`], on a thread that may wait: adding a watch waits for the thread that reads inotify, and a flood of events
+/// keeps that one busy.
+async fn watch_apart(paths: &[PathBuf], tell: &mpsc::Sender<()>) -> Option<RecommendedWatcher> {
+    let (paths, tell) = (paths.to_vec(), tell.clone());
+    spawn_blocking(move || watcher(&paths, &tell)).await.expect("setting up a watch does not panic and is not aborted")
 }
 
 /// Tells `tell` about changes in the folders that hold the files; `None` where the kernel cannot.

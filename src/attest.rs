@@ -194,6 +194,15 @@ impl Caller {
         }
     }
 
+    /// [`AttestError::SocketPassed`], if that is why the connection failed.
+    pub fn passed(&self) -> Option<&AttestError> {
+        match self {
+            Self::Peer(peer) => peer.passed(),
+            #[cfg(any(test, feature = "testing"))]
+            Self::Fixed(_) => None,
+        }
+    }
+
     /// Resolves when the caller has exited.
     pub async fn exited(&self) {
         match self {

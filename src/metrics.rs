@@ -18,8 +18,8 @@
 //! | `csrd_build_info` | info | `version` | what is running |
 //!
 //! No label carries anything a caller can choose: `result` and `reason` are `&'static str` (`reason` is empty when the
-//! result is good, and otherwise the same closed set as `ErrorInfo.reason`), and `signer` comes from configuration.
-//! Nothing here knows a workload.
+//! result is good, and otherwise one of the closed set of `ErrorInfo.reason`; a refused connection has a set of its own,
+//! see [`ConnectionRefused`]), and `signer` comes from configuration. Nothing here knows a workload.
 
 use std::{
     ops::Deref,
@@ -45,6 +45,15 @@ type Timestamp = Gauge<f64, AtomicU64>;
 /// All metrics; clones share them.
 #[derive(Clone, Debug)]
 pub struct Metrics(Arc<Families>);
+
+/// Why a connection was closed before it was served: there was no call that could have been told.
+#[derive(Clone, Copy, Debug)]
+pub enum ConnectionRefused {
+    /// `TOO_MANY_CONNECTIONS`: its principal, or all together, have as many as they may.
+    TooMany,
+    /// `SILENT`: no whole request came in time.
+    Silent,
+}
 
 /// The metrics by name; see the table above.
 #[derive(Debug)]
@@ -163,7 +172,11 @@ impl Deref for Metrics {
 
 impl Families {
     /// Counts a connection that was closed before it was served.
-    pub fn connection_refused(&self, reason: &'static str) {
+    pub fn connection_refused(&self, why: ConnectionRefused) {
+        let reason = match why {
+            ConnectionRefused::TooMany => "TOO_MANY_CONNECTIONS",
+            ConnectionRefused::Silent => "SILENT",
+        };
         self.connections_refused.get_or_create(&Reason { reason }).inc();
     }
 
@@ -314,7 +327,7 @@ mod tests {
         metrics.attest.bad("PEER_GONE");
         metrics.decisions.bad("NO_POLICY");
         metrics.renewals.bad("SIGNER_UNAVAILABLE");
-        metrics.connection_refused("TOO_MANY");
+        metrics.connection_refused(ConnectionRefused::TooMany);
         metrics.policy_loaded(3);
         let signer = metrics.signer("embedded");
         signer.issued(Duration::from_millis(2));
@@ -405,7 +418,7 @@ mod tests {
             r#"csrd_issuance_duration_seconds_bucket{le="+Inf",signer="embedded"} 2"#,
             r#"csrd_renewals_total{result="error",reason="SIGNER_UNAVAILABLE"} 1"#,
             "csrd_connections 1",
-            r#"csrd_connections_refused_total{reason="TOO_MANY"} 1"#,
+            r#"csrd_connections_refused_total{reason="TOO_MANY_CONNECTIONS"} 1"#,
             r#"csrd_policy_loads_total{result="ok"} 1"#,
             r#"csrd_policy_loads_total{result="error"} 1"#,
             "csrd_policy_generation 3",

@@ -10,7 +10,9 @@ mod convert;
 mod credentials;
 mod issuance;
 mod limits;
-mod status;
+mod methods;
+mod refusal;
+pub mod stop;
 
 use std::{convert::Infallible, pin::pin, sync::Arc, time::Duration};
 
@@ -31,7 +33,7 @@ use tower_http::timeout::TimeoutBody;
 use crate::{
     attest::{AttestError, Attestor, Caller, Peer, PeerStream, Workload},
     hub::Hub,
-    metrics::{Metrics, counted},
+    metrics::{ConnectionRefused, Metrics, counted},
     policy::Ask,
     proto::{self, v1},
     telemetry,
@@ -40,7 +42,8 @@ use crate::{
 use authority::AuthorityStream;
 pub use limits::Limits;
 use limits::{Place, Tally};
-use status::Refusal;
+use methods::Methods;
+use refusal::Refusal;
 
 /// Calls under way at once on one connection; hyper refuses one more with REFUSED_STREAM.
 pub const MAX_STREAMS_PER_CONNECTION: u32 = 128;
@@ -63,8 +66,9 @@ const UNKNOWN: u64 = u64::MAX;
 pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(300);
 /// How long it may take to answer.
 pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long connections may go on after a stop is asked for; their streams have ended by then.
-pub const STOP_GRACE: Duration = Duration::from_secs(2);
+/// How long nothing is accepted after an accept has failed, which it does while file descriptors are short: those in use
+/// must end before more can begin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What the services stand on.
 #[derive(Clone, Debug)]
@@ -90,6 +94,7 @@ pub struct Engine {
 pub struct Server {
     routes: Routes,
     attestor: Arc<Attestor>,
+    methods: Arc<Methods>,
     tally: Tally,
     metrics: Metrics,
     stop: CancellationToken,
@@ -120,11 +125,17 @@ impl Server {
         let (attestor, metrics, stop) = (engine.attestor.clone(), engine.metrics.clone(), engine.stop.clone());
         let tally = Tally::new(engine.limits);
         let engine = Arc::new(engine);
-        let issuance = issuance::Issuance::new(engine.clone(), tally.clone());
+        let issuance = issuance::Issuance::new(engine.clone());
         let issuance = v1::certificate_service_server::CertificateServiceServer::new(issuance)
             .max_decoding_message_size(MAX_REQUEST_BYTES);
         let credentials = v1::status_service_server::StatusServiceServer::new(credentials::Credentials::new(engine))
             .max_decoding_message_size(MAX_REQUEST_BYTES);
+        let methods = Methods::of(&[
+            proto::DESCRIPTORS,
+            tonic_health::pb::FILE_DESCRIPTOR_SET,
+            tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
+            tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET,
+        ]);
         let reflection = || {
             tonic_reflection::server::Builder::configure()
                 .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
@@ -136,10 +147,10 @@ impl Server {
             .add_service(reflection().build_v1().expect("our own descriptors are valid"))
             .add_service(reflection().build_v1alpha().expect("our own descriptors are valid"))
             .prepare();
-        Self { routes, attestor, tally, metrics, stop }
+        Self { routes, attestor, methods: Arc::new(methods), tally, metrics, stop }
     }
 
-    /// Accepts connections until the stop, then gives them [`STOP_GRACE`].
+    /// Accepts connections until the stop, then gives them [`stop::SERVER`].
     pub async fn serve(self, listener: UnixListener) {
         let mut connections = JoinSet::new();
         loop {
@@ -151,7 +162,7 @@ impl Server {
                         let peer = Peer::of(&stream, &self.attestor).map(Arc::new);
                         let principal = peer.as_ref().map_or(UNKNOWN, |peer| peer.uid().into());
                         let Some(place) = self.tally.connection(principal) else {
-                            self.metrics.connection_refused("TOO_MANY_CONNECTIONS");
+                            self.metrics.connection_refused(ConnectionRefused::TooMany);
                             continue;
                         };
                         let server = self.clone();
@@ -168,16 +179,15 @@ impl Server {
                         });
                     }
                     Err(error) => {
-                        // Out of file descriptors: those in use must end before more can begin.
                         tracing::warn!(%error, "cannot accept a connection");
-                        sleep(Duration::from_millis(100)).await;
+                        sleep(ACCEPT_PAUSE).await;
                     }
                 },
             }
         }
         drop(listener);
         let all = async { while connections.join_next().await.is_some() {} };
-        if timeout(STOP_GRACE, all).await.is_err() {
+        if timeout(stop::SERVER, all).await.is_err() {
             tracing::debug!("connections that did not close in time were dropped");
         }
     }
@@ -218,39 +228,59 @@ impl Server {
                 if let Err(error) = ended {
                     tracing::debug!(%error, "connection ended");
                 }
+                if let Ok(caller) = &connection.caller
+                    && let Some(error) = caller.passed()
+                {
+                    refused(&self.metrics, error);
+                }
                 return;
             }
             () = gone => return,
-            () = silent => return self.metrics.connection_refused("SILENT"),
+            () = silent => return self.metrics.connection_refused(ConnectionRefused::Silent),
             () = self.stop.cancelled() => {}
         }
         served.as_mut().graceful_shutdown();
-        let _ = timeout(STOP_GRACE, served).await;
+        let _ = timeout(stop::CONNECTION, served).await;
     }
 
-    /// Hands a request to its service, with its connection and its span.
+    /// Hands a request to its service, with its connection and its span, if its principal may make one more; ends it
+    /// after the stop if the service does not.
     fn call(
         &self,
         request: Request<Incoming>,
         connection: &Arc<Connection>,
     ) -> impl Future<Output = Result<Response<Body>, Infallible>> + Send + use<> {
         connection.spoke.notify_one();
-        let arriving = self.tally.arriving(connection.principal);
-        let answer = arriving.map(|place| {
-            let span = telemetry::rpc_span(request.headers(), request.uri().path());
+        let answer = self.admit(connection.principal).map(|(arriving, open)| {
+            let span = telemetry::rpc_span(request.headers(), self.methods.known(request.uri().path()));
             let mut request = request.map(|body| TimeoutBody::new(REQUEST_BODY_TIMEOUT, body));
-            let arrival = Arrival { connection: connection.clone(), span, _place: Arc::new(place) };
+            let arrival = Arrival { connection: connection.clone(), span, _place: Arc::new(arriving) };
             request.extensions_mut().insert(arrival);
             // Routes are always ready.
-            self.routes.clone().call(request)
+            (self.routes.clone().call(request), open)
         });
-        let max = self.tally.limits().arriving_per_principal;
+        let stop = self.stop.clone();
         async move {
-            match answer {
-                Some(answer) => answer.await,
-                None => Ok(Status::from(Refusal::too_many_arriving(max)).into_http()),
-            }
+            let refusal = match answer {
+                Ok((answer, open)) => tokio::select! {
+                    biased;
+                    answer = answer => return answer.map(|response| stop::bounded(response, &stop, open)),
+                    () = stop::calls_given_up(&stop) => Refusal::stopping(),
+                },
+                Err(refusal) => refusal,
+            };
+            Ok(Status::from(refusal).into_http())
         }
+    }
+
+    /// Places for a call of `principal`: one while its request arrives, and one until it has been answered.
+    fn admit(&self, principal: u64) -> Result<(Place, Place), Refusal> {
+        let limits = self.tally.limits();
+        let arriving = self.tally.arriving(principal);
+        let arriving = arriving.ok_or_else(|| Refusal::too_many_arriving(limits.arriving_per_principal))?;
+        let open = self.tally.stream(principal);
+        let open = open.ok_or_else(|| Refusal::too_many_streams(limits.streams_per_principal))?;
+        Ok((arriving, open))
     }
 }
 
@@ -259,15 +289,15 @@ impl Connection {
     async fn workload(&self, engine: &Engine) -> Result<Arc<Workload>, Refusal> {
         let attested = match &self.caller {
             Ok(caller) => caller.attest(&engine.attestor).await,
-            Err(error) => return Err(refused(engine, error)),
+            Err(error) => return Err(refused(&engine.metrics, error)),
         };
-        attested.inspect(|_| engine.metrics.attest.good()).map_err(|error| refused(engine, &error))
+        attested.inspect(|_| engine.metrics.attest.good()).map_err(|error| refused(&engine.metrics, &error))
     }
 }
 
 /// Counts and logs a caller that cannot be attested; returns what it is told.
-fn refused(engine: &Engine, error: &AttestError) -> Refusal {
-    engine.metrics.attest.bad(error.reason());
+fn refused(metrics: &Metrics, error: &AttestError) -> Refusal {
+    metrics.attest.bad(error.reason());
     tracing::warn!(reason = error.reason(), %error, "caller refused");
     Refusal::from(error)
 }

@@ -8,7 +8,7 @@
 use std::{
     fmt, io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
 use rustix::{
@@ -35,6 +35,7 @@ pub struct Peer {
     handle: ProcHandle,
     capabilities: Capabilities,
     attested: Mutex<Option<Attested>>,
+    passed: OnceLock<AttestError>,
 }
 
 /// Effective ids of a process.
@@ -109,7 +110,16 @@ impl Peer {
             handle.status().map_err(gone_or("/proc/PID/status"))?.real_uid
         };
         let pidfd = kernel::watch_exit(pidfd).map_err(unreadable("pidfd"))?;
-        Ok(Self { pid, connected, real_uid, pidfd, handle, capabilities, attested: Mutex::new(None) })
+        Ok(Self {
+            pid,
+            connected,
+            real_uid,
+            pidfd,
+            handle,
+            capabilities,
+            attested: Mutex::new(None),
+            passed: OnceLock::new(),
+        })
     }
 
     /// Process id, for logs and traces: it identifies nothing.
@@ -133,6 +143,16 @@ impl Peer {
     /// Whether the kernel named this process as the writer of a message.
     pub(super) fn wrote(&self, sender: Option<Sender>) -> bool {
         sender.is_some_and(|sender| u32::try_from(sender.pid) == Ok(self.pid) && sender.uid == self.real_uid)
+    }
+
+    /// Keeps why the connection was broken off: its error's own type does not live through an HTTP/2 library.
+    pub(super) fn broke_off(&self, error: AttestError) {
+        self.passed.get_or_init(|| error);
+    }
+
+    /// What another process did with the connection, if it wrote to it.
+    pub(super) fn passed(&self) -> Option<&AttestError> {
+        self.passed.get()
     }
 
     pub(super) fn handle(&self) -> &ProcHandle {

@@ -51,6 +51,7 @@ impl PeerStream {
         buffer.set_filled(before);
         let writer = sender.map_or(0, |sender| sender.pid);
         let error = AttestError::SocketPassed { peer: self.peer.pid(), writer };
+        self.peer.broke_off(error.clone());
         Err(io::Error::new(io::ErrorKind::PermissionDenied, error))
     }
 }

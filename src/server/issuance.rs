@@ -1,7 +1,7 @@
 //! `csrd.v1.CertificateService`: who calls, what it asks for, and the streams that answer.
 //!
-//! Every stream has an arm for the stop, so that the agent can end, and holds a place of its principal's bound. Before
-//! each push the process behind the stream is looked at again: one that has become something else gets nothing more.
+//! Before a certificate or any other event of it is sent, the process behind the stream is looked at again: one that has
+//! become something else gets nothing more. `WatchTrustBundle` looks once, at its start: roots are public.
 
 mod issue;
 mod subscribe;
@@ -14,21 +14,14 @@ use tracing::Instrument as _;
 
 use super::{
     Arrival, Connection, Engine, convert,
-    limits::{Place, Tally},
-    status::Refusal,
+    refusal::{Refusal, SIGNER_UNKNOWN_CODE},
+    stop,
 };
-use crate::{
-    attest::Workload,
-    metrics::{Counted, counted},
-    policy,
-    proto::v1,
-    telemetry,
-};
+use crate::{attest::Workload, metrics::counted, policy, proto::v1, telemetry};
 
 /// The service.
 pub(super) struct Issuance {
     engine: Arc<Engine>,
-    tally: Tally,
 }
 
 /// A caller of one call, proven at its start.
@@ -39,17 +32,11 @@ struct Call {
     span: tracing::Span,
 }
 
-/// What an open stream holds until it ends.
-struct Open {
-    _place: Place,
-    _counted: Counted,
-}
-
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl Issuance {
-    pub(super) fn new(engine: Arc<Engine>, tally: Tally) -> Self {
-        Self { engine, tally }
+    pub(super) fn new(engine: Arc<Engine>) -> Self {
+        Self { engine }
     }
 
     /// Proves the caller of `request`.
@@ -60,14 +47,6 @@ impl Issuance {
         let attested = attested.instrument(tracing::debug_span!(parent: &span, "attest")).await;
         let workload = attested.map_err(|status| ended(&span, status))?;
         Ok(Call { engine: self.engine.clone(), connection, workload, span })
-    }
-
-    /// A place for a stream of `call`.
-    fn open(&self, call: &Call) -> Result<Open, Status> {
-        let place = self.tally.stream(call.workload.principal());
-        let max = self.engine.limits.streams_per_principal;
-        let place = place.ok_or_else(|| ended(&call.span, Refusal::too_many_streams(max)))?;
-        Ok(Open { _place: place, _counted: counted(&self.engine.metrics.subscribers) })
     }
 }
 
@@ -97,10 +76,11 @@ impl v1::certificate_service_server::CertificateService for Issuance {
         request: Request<v1::IssueCertificateRequest>,
     ) -> Result<Response<Self::IssueCertificateStream>, Status> {
         let call = self.call(&request).await?;
-        let open = self.open(&call)?;
         let (ask, held) =
             convert::ask(request.into_inner().request).map_err(|error| ended(&call.span, error.into()))?;
-        Ok(Response::new(Box::pin(issue::answers(call, ask, held, open))))
+        let mut response = Response::new(Box::pin(issue::answers(call, ask, held)) as Self::IssueCertificateStream);
+        response.extensions_mut().insert(stop::EndsItself);
+        Ok(response)
     }
 
     type SubscribeStream = Answers<v1::SubscribeResponse>;
@@ -110,11 +90,10 @@ impl v1::certificate_service_server::CertificateService for Issuance {
         request: Request<v1::SubscribeRequest>,
     ) -> Result<Response<Self::SubscribeStream>, Status> {
         let call = self.call(&request).await?;
-        let open = self.open(&call)?;
         let span = call.span.clone();
         let subscription = subscribe::find(&call, request.into_inner()).instrument(span.clone()).await;
         let subscription = subscription.map_err(|error| ended(&span, error))?;
-        Ok(Response::new(Box::pin(subscribe::answers(call, subscription, open))))
+        Ok(Response::new(Box::pin(subscribe::answers(call, subscription))))
     }
 
     type WatchTrustBundleStream = Answers<v1::WatchTrustBundleResponse>;
@@ -124,34 +103,20 @@ impl v1::certificate_service_server::CertificateService for Issuance {
         request: Request<v1::WatchTrustBundleRequest>,
     ) -> Result<Response<Self::WatchTrustBundleStream>, Status> {
         let call = self.call(&request).await?;
-        let open = self.open(&call)?;
         let name = request.into_inner().signer_name;
         let name = if name.is_empty() { &self.engine.default_signer } else { &name };
         let bundle = self.engine.hub.bundle(name).ok_or_else(|| {
             let message = format!("signer_name: this agent has no signer {name:.253?}");
-            ended(&call.span, Refusal::new(Code::NotFound, "SIGNER_UNKNOWN", message))
+            ended(&call.span, Refusal::new(SIGNER_UNKNOWN_CODE, "SIGNER_UNKNOWN", message))
         })?;
         telemetry::record_status(&call.span, Code::Ok as i32, "");
-        let stop = self.engine.stop.clone();
+        let counted = counted(&self.engine.metrics.subscribers);
         let bundles = WatchStream::new(bundle).map(move |bundle| {
-            let _ = &open;
+            let _ = &counted;
             Ok(v1::WatchTrustBundleResponse { trust_bundle: bundle.pem(), sha256_fingerprints: bundle.fingerprints() })
         });
-        let stopped = tokio_stream::once(()).then(move |()| {
-            let stop = stop.clone();
-            async move {
-                stop.cancelled().await;
-                Err(Refusal::stopping().into())
-            }
-        });
-        Ok(Response::new(Box::pin(until_error(bundles.merge(stopped)))))
+        Ok(Response::new(Box::pin(bundles)))
     }
-}
-
-/// Passes a stream on up to and with its first error, which ends the call.
-fn until_error<T>(stream: impl Stream<Item = Result<T, Status>>) -> impl Stream<Item = Result<T, Status>> {
-    let mut over = false;
-    stream.take_while(move |item| !std::mem::replace(&mut over, item.is_err()))
 }
 
 /// Writes into the call's span how it ended.

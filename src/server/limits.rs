@@ -5,6 +5,15 @@ use std::{
     sync::{Arc, Mutex, MutexGuard},
 };
 
+/// Connections of all principals, by default: with one file descriptor each, well below what the service may open.
+const MAX_CONNECTIONS: usize = 8192;
+/// Connections of one principal, by default: a quarter, so that one user cannot shut the others out.
+const MAX_CONNECTIONS_PER_PRINCIPAL: usize = MAX_CONNECTIONS / 4;
+/// Calls of one principal under way, open streams among them, by default.
+const MAX_CALLS_PER_PRINCIPAL: usize = 4096;
+/// Requests of one principal that are arriving, by default: together at most 64 MiB.
+const MAX_ARRIVING_PER_PRINCIPAL: usize = 256;
+
 /// Bounds for one principal and for all together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -12,7 +21,7 @@ pub struct Limits {
     pub connections: usize,
     /// Connections of one principal.
     pub connections_per_principal: usize,
-    /// Open streams of one principal.
+    /// Calls of one principal under way: open streams, and short calls until they are answered.
     pub streams_per_principal: usize,
     /// Requests of one principal whose message is not there yet, each of which may hold
     /// [`MAX_REQUEST_BYTES`](super::MAX_REQUEST_BYTES).
@@ -22,10 +31,10 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            connections: 8192,
-            connections_per_principal: 2048,
-            streams_per_principal: 4096,
-            arriving_per_principal: 256,
+            connections: MAX_CONNECTIONS,
+            connections_per_principal: MAX_CONNECTIONS_PER_PRINCIPAL,
+            streams_per_principal: MAX_CALLS_PER_PRINCIPAL,
+            arriving_per_principal: MAX_ARRIVING_PER_PRINCIPAL,
         }
     }
 }
@@ -71,7 +80,7 @@ impl Tally {
         ])
     }
 
-    /// A place for a stream; `None` when all of this principal's are taken.
+    /// A place for a call, which may be a stream; `None` when all of this principal's are taken.
     pub(super) fn stream(&self, principal: u64) -> Option<Place> {
         self.take(&[(Kind::Streams, principal, self.limits.streams_per_principal)])
     }

@@ -198,7 +198,7 @@ async fn next_certificate(stream: &mut Streaming<v1::SubscribeResponse>) -> Resu
     }
 }
 
-fn reason(status: &Status) -> String {
+pub(crate) fn reason(status: &Status) -> String {
     let info = status.get_details_error_info().unwrap_or_else(|| panic!("no ErrorInfo in {status:?}"));
     assert_eq!(info.domain, "csrd.dev");
     info.reason

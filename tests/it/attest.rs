@@ -16,7 +16,10 @@ use std::{
     sync::Arc,
 };
 
-use csrd::attest::{AttestError, Attestor, Caller, Capabilities, Peer, PeerStream, prepare_listener};
+use csrd::{
+    attest::{AttestError, Attestor, Caller, Capabilities, Peer, PeerStream, prepare_listener},
+    metrics::Metrics,
+};
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
     net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags},
@@ -25,6 +28,8 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::UnixListener,
 };
+
+use crate::hostile_h2::Host;
 
 /// A user that owns nothing here, and is not the one that stands for the unknown.
 const STRANGER: u32 = 54321;
@@ -143,6 +148,19 @@ async fn bytes_written_through_a_passed_socket_are_refused() {
         other.tell("take");
         other.tell("write foreign");
         refused(read(&mut stream).await);
+    }
+}
+
+#[tokio::test]
+async fn a_passed_socket_ends_its_connection_and_is_counted() {
+    for mut scene in scenes() {
+        let (stream, peer) = scene.connect().await;
+        let metrics = Metrics::new();
+        let host = Host::with_metrics(metrics.clone());
+        scene.actor.tell("inherit foreign");
+        host.server.connection(stream, peer.uid().into(), Ok(Caller::Peer(peer))).await;
+        let counted = "csrd_attest_total{result=\"refused\",reason=\"PEER_SOCKET_PASSED\"} 1";
+        assert!(metrics.encode().contains(counted), "{}", metrics.encode());
     }
 }
 

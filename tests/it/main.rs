@@ -13,6 +13,7 @@ mod hostile_h2;
 mod issue;
 mod openssl;
 mod raw_h2;
+mod stop;
 mod telemetry;
 mod tidy;
 mod watch;

@@ -3,20 +3,17 @@
 use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures_util::stream;
-use tokio::{
-    sync::mpsc,
-    time::{Instant, sleep},
-};
+use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::Stream;
 use tonic::{Code, Status};
 use tracing::Instrument as _;
 
-use super::{Call, Open, ended};
+use super::{Call, ended};
 use crate::{
     hub::{Event, Held, HubError, Step},
     policy::Ask,
     proto::v1::{self, StageKind, issue_certificate_response},
-    server::{STOP_GRACE, convert, status::Refusal},
+    server::{convert, refusal::Refusal, stop},
     signer::Stage,
     telemetry,
 };
@@ -29,7 +26,6 @@ type Work = Pin<Box<dyn Future<Output = Result<v1::Certificate, HubError>> + Sen
 
 struct State {
     call: Call,
-    _open: Open,
     stages: mpsc::Receiver<v1::Stage>,
     /// `None` once it has ended.
     work: Option<Work>,
@@ -41,7 +37,6 @@ pub(super) fn answers(
     call: Call,
     ask: Ask,
     held: Option<Held>,
-    open: Open,
 ) -> impl Stream<Item = Result<v1::IssueCertificateResponse, Status>> {
     let began = Instant::now();
     let (tell, stages) = mpsc::channel(MAX_STAGES);
@@ -68,7 +63,7 @@ pub(super) fn answers(
         }
     };
     let work = Some(Box::pin(work.instrument(span)) as _);
-    let state = State { call, _open: open, stages, work, outcome: None };
+    let state = State { call, stages, work, outcome: None };
     stream::unfold(state, |mut state| async {
         let answer = next(&mut state).await?;
         Some((answer, state))
@@ -92,7 +87,7 @@ async fn next(state: &mut State) -> Option<Result<v1::IssueCertificateResponse, 
                 state.work = None;
                 state.outcome = Some(outcome.map_err(|error| Refusal::from(&error)));
             }
-            () = given_up(&state.call) => {
+            () = stop::calls_given_up(&state.call.engine.stop) => {
                 state.work = None;
                 state.outcome = Some(Err(Refusal::stopping()));
             }
@@ -114,12 +109,6 @@ async fn deliver(
     delivered
         .inspect(|_| telemetry::record_status(&call.span, Code::Ok as i32, ""))
         .map_err(|refusal: Refusal| ended(&call.span, refusal))
-}
-
-/// Ends when the agent has been told to stop and an issuance under way has had its time.
-async fn given_up(call: &Call) {
-    call.engine.stop.cancelled().await;
-    sleep(STOP_GRACE).await;
 }
 
 fn stage(kind: StageKind, detail: String, elapsed: Duration) -> v1::Stage {

@@ -5,17 +5,18 @@ use tokio_stream::Stream;
 use tonic::{Code, Status};
 use tracing::{Instrument as _, Span};
 
-use super::{Call, Open, ended};
+use super::{Call, ended};
 use crate::{
     hub::{Event, HubError, Subscription},
+    metrics::{Counted, counted},
     proto::v1::{self, subscribe_response},
-    server::{convert, status::Refusal},
+    server::{convert, refusal::Refusal},
     telemetry,
 };
 
 struct State {
     call: Call,
-    _open: Open,
+    _counted: Counted,
     subscription: Subscription,
     /// Set when the first certificate of the stream has gone out: the ones after it are renewals.
     begun: bool,
@@ -47,10 +48,10 @@ pub(super) async fn find(call: &Call, request: v1::SubscribeRequest) -> Result<S
 pub(super) fn answers(
     call: Call,
     subscription: Subscription,
-    open: Open,
 ) -> impl Stream<Item = Result<v1::SubscribeResponse, Status>> {
     let begun = subscription.has_seen();
-    let state = State { call, _open: open, subscription, begun, last: None, over: false };
+    let counted = counted(&call.engine.metrics.subscribers);
+    let state = State { call, _counted: counted, subscription, begun, last: None, over: false };
     stream::unfold(state, |mut state| async {
         let answer = next(&mut state).await?;
         state.over = answer.is_err();

@@ -15,6 +15,9 @@ use crate::{attest::AttestError, hub::HubError};
 /// The domain of every reason (google.rpc.ErrorInfo.domain).
 const DOMAIN: &str = "csrd.dev";
 
+/// Whoever names a signer that is not there, the caller or a policy.
+pub(super) const SIGNER_UNKNOWN_CODE: Code = Code::NotFound;
+
 /// What a caller is told in place of an answer.
 #[derive(Clone, Debug)]
 pub(super) struct Refusal {
@@ -78,12 +81,13 @@ impl From<&AttestError> for Refusal {
 impl From<&HubError> for Refusal {
     fn from(error: &HubError) -> Self {
         let code = match error {
+            HubError::Stopping => return Self::stopping(),
             HubError::Denied(_) => Code::PermissionDenied,
-            HubError::UnknownSigner { .. } => Code::FailedPrecondition,
+            HubError::UnknownSigner { .. } => SIGNER_UNKNOWN_CODE,
             HubError::RateLimited { .. } | HubError::TooMany { .. } => Code::ResourceExhausted,
             HubError::Issue(error) if !error.is_transient() => Code::Internal,
             HubError::Lost => Code::Internal,
-            HubError::Issue(_) | HubError::TimedOut | HubError::Expired(_) | HubError::Stopping => Code::Unavailable,
+            HubError::Issue(_) | HubError::TimedOut | HubError::Expired(_) => Code::Unavailable,
         };
         Self::new(code, error.reason(), with_causes(error))
     }

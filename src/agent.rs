@@ -4,9 +4,10 @@
 //! nothing answers until [`Bound::run`]. The first long-lived task to end, for whatever reason, stops the process.
 
 use std::{
-    fs, io,
+    fs::{self, File, Metadata, OpenOptions},
+    io,
     net::SocketAddr,
-    os::unix::fs::{FileTypeExt as _, PermissionsExt as _},
+    os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     pin::Pin,
     sync::Arc,
@@ -33,6 +34,7 @@ use crate::{
     server::{
         self, Engine, Server,
         admin::{Admin, Readiness},
+        stop,
     },
     signer::Sign,
     tasks::{TaskError, Tasks},
@@ -40,9 +42,6 @@ use crate::{
 
 /// Anyone may connect: who they are comes from the kernel, what they get from policy.
 const SOCKET_MODE: u32 = 0o666;
-/// How long the parts have to stop: the hub lands its flights and the server closes its connections in less.
-const STOP_GRACE: Duration = Duration::from_secs(8);
-
 /// How often signers are asked whether they could sign.
 const READINESS_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -83,6 +82,8 @@ pub struct Parts {
 pub struct Bound {
     /// Path of the socket.
     pub socket: PathBuf,
+    /// The socket's file; held, so that its inode number is no other file's.
+    file: File,
     /// Address of the operators' listener.
     pub admin: Option<SocketAddr>,
     tasks: Tasks,
@@ -123,7 +124,7 @@ impl From<RateFile> for Rate {
 
 /// Opens every socket and starts every part; call from within the runtime.
 pub async fn build(parts: Parts) -> Result<Bound, BuildError> {
-    let listener = listen(&parts.socket).await?;
+    let (listener, file) = listen(&parts.socket).await?;
     let admin = match parts.admin {
         Some(address) => {
             let listening = TcpListener::bind(address).await;
@@ -172,15 +173,14 @@ pub async fn build(parts: Parts) -> Result<Bound, BuildError> {
     for (name, part) in parts.background {
         tasks.spawn(name, part);
     }
-    Ok(Bound { socket: parts.socket, admin: admin_address, tasks })
+    Ok(Bound { socket: parts.socket, file, admin: admin_address, tasks })
 }
 
 impl Bound {
     /// Runs until the stop or the first part that ends, then removes the socket.
     pub async fn run(self) -> Result<(), TaskError> {
-        let ended = self.tasks.run(STOP_GRACE).await;
-        // Another agent may have taken the path over by now; then nothing is lost but its socket's name.
-        let _ = fs::remove_file(&self.socket);
+        let ended = self.tasks.run(stop::AGENT).await;
+        remove(&self.socket, &self.file);
         ended
     }
 }
@@ -236,8 +236,8 @@ async fn report_health(health: HealthReporter, readiness: Readiness, stop: Cance
     }
 }
 
-/// A listener at `path`, in place of a socket that nobody answers on any more.
-async fn listen(path: &Path) -> Result<UnixListener, BuildError> {
+/// A listener at `path`, in place of a socket that nobody answers on any more, and the socket's file.
+async fn listen(path: &Path) -> Result<(UnixListener, File), BuildError> {
     let failed = |source| BuildError::Socket { path: path.to_owned(), source };
     match fs::symlink_metadata(path) {
         Ok(metadata) if !metadata.file_type().is_socket() => return Err(BuildError::NotASocket(path.to_owned())),
@@ -247,7 +247,38 @@ async fn listen(path: &Path) -> Result<UnixListener, BuildError> {
         Err(error) => return Err(failed(error)),
     }
     let listener = UnixListener::bind(path).map_err(failed)?;
+    // A socket cannot be opened, only held on to: O_PATH, open(2).
+    let file =
+        OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(path).map_err(failed)?;
     attest::prepare_listener(&listener).map_err(failed)?;
     fs::set_permissions(path, fs::Permissions::from_mode(SOCKET_MODE)).map_err(failed)?;
-    Ok(listener)
+    Ok((listener, file))
+}
+
+/// Removes the socket at `path` if it is still ours. A successor may have taken the path over while this agent stopped;
+/// one that does so between the look and the removal loses its name, as the file system has no single step for both.
+fn remove(path: &Path, ours: &File) {
+    let same = |there: Metadata, ours: Metadata| (there.dev(), there.ino()) == (ours.dev(), ours.ino());
+    if fs::symlink_metadata(path).and_then(|there| Ok(same(there, ours.metadata()?))).unwrap_or(false) {
+        let _ = fs::remove_file(path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn only_the_own_socket_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let (first, old) = listen(&path).await.unwrap();
+        drop(first);
+        let (_second, new) = listen(&path).await.unwrap();
+        remove(&path, &old);
+        assert!(UnixStream::connect(&path).await.is_ok(), "the successor's");
+        remove(&path, &new);
+        assert!(!path.exists());
+        remove(&path, &new);
+    }
 }

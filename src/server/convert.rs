@@ -228,3 +228,78 @@ pub(super) fn policy_view(view: View) -> v1::PolicyView {
 pub(super) fn timestamp(time: SystemTime) -> prost_types::Timestamp {
     time.into()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Request = v1::CertificateRequest;
+
+    /// What the service says of a request that is `change`d from an empty one; empty when it says nothing.
+    fn check(change: impl FnOnce(&mut Request), reason: &str, words: &str) {
+        let mut request = Request::default();
+        change(&mut request);
+        let (said, why) = match ask(Some(request)) {
+            Ok(_) => (String::new(), ""),
+            Err(error) => (error.to_string(), error.reason()),
+        };
+        assert!(why == reason && said.contains(words), "{why}: {said}\nwanted {reason}: {words}");
+    }
+
+    fn lasting(seconds: i64, nanos: i32) -> impl FnOnce(&mut Request) {
+        move |request| request.lifetime = Some(prost_types::Duration { seconds, nanos })
+    }
+
+    #[test]
+    fn a_lifetime_is_whole_seconds_from_one_to_its_bound() {
+        let most = i64::try_from(MAX_LIFETIME.as_secs()).unwrap();
+        for seconds in [1, most] {
+            check(lasting(seconds, 0), "", "");
+        }
+        for (seconds, nanos) in [(0, 0), (-1, 0), (i64::MIN, 0), (most + 1, 0), (i64::MAX, 0), (1, 1), (1, -1)] {
+            check(lasting(seconds, nanos), "REQUEST_INVALID", "lifetime: it must be whole seconds");
+        }
+    }
+
+    #[test]
+    fn lists_and_texts_are_taken_up_to_their_bounds() {
+        let server = i32::from(v1::Usage::ServerAuth);
+        check(|it| it.usages = vec![server; MAX_USAGES], "", "");
+        check(|it| it.usages = vec![server; MAX_USAGES + 1], "REQUEST_INVALID", "usages: 17 given, at most 16");
+        let text = |bytes| "x".repeat(bytes);
+        check(|it| it.signer_name = text(MAX_NAME_BYTES), "", "");
+        check(|it| it.policy = text(MAX_NAME_BYTES), "", "");
+        check(|it| it.signer_name = text(MAX_NAME_BYTES + 1), "REQUEST_INVALID", "signer_name: 254 bytes given");
+        check(|it| it.policy = text(MAX_NAME_BYTES + 1), "REQUEST_INVALID", "policy: 254 bytes given");
+        let names = |count: usize| (0..count).map(|n| format!("n{n}.example.org")).collect();
+        check(|it| it.dns_names = names(MAX_NAMES), "", "");
+        check(|it| it.dns_names = names(MAX_NAMES + 1), "NAME_INVALID", "65");
+        let mixed = |ips: usize| {
+            move |it: &mut Request| {
+                it.dns_names = vec!["a.example.org".into()];
+                it.uris = vec!["spiffe://example.org/a".into()];
+                it.ip_addresses = (0..ips).map(|n| format!("10.0.0.{n}")).collect();
+            }
+        };
+        check(mixed(MAX_NAMES - 2), "", "");
+        check(mixed(MAX_NAMES - 1), "NAME_INVALID", "dns_names, ip_addresses and uris");
+    }
+
+    #[test]
+    fn what_the_agent_does_not_know_is_refused_by_field_and_value() {
+        check(|it| it.usages = vec![0], "REQUEST_INVALID", "usages: 0 is not a value");
+        check(|it| it.usages = vec![99], "REQUEST_INVALID", "usages: 99 is not a value");
+        let generate = |value| move |it: &mut Request| it.key = Some(v1::certificate_request::Key::Generate(value));
+        check(generate(0), "", "");
+        check(generate(99), "REQUEST_INVALID", "generate: 99 is not a value");
+        check(|it| it.dns_names = vec!["A b".into()], "NAME_INVALID", "");
+        let held = |it: &mut Request| it.key = Some(v1::certificate_request::Key::Held(v1::HeldKey::default()));
+        check(held, "CSR_MALFORMED", "held.pkcs10: ");
+        let named_twice = |it: &mut Request| {
+            held(it);
+            it.dns_names = vec!["a.example.org".into()];
+        };
+        check(named_twice, "REQUEST_INVALID", "with held.pkcs10 the names are those of the PKCS#10 request");
+        assert_eq!(ask(None).unwrap_err().to_string(), "request must be set");
+    }
+}

@@ -2,15 +2,38 @@
 //! reason. The only place that knows both worlds, so that one error has one code, whichever call meets it.
 //!
 //! PERMISSION_DENIED is for real refusals: clients of the SPIFFE kind never come back from it. What may pass by itself
-//! is UNAVAILABLE; what the caller has to change is INVALID_ARGUMENT; a bound is RESOURCE_EXHAUSTED.
+//! is UNAVAILABLE; what the caller has to change is INVALID_ARGUMENT; a bound is RESOURCE_EXHAUSTED; what only an
+//! operator or we can mend is INTERNAL.
+//!
+//! | reason | code | what to do |
+//! |---|---|---|
+//! | `REQUEST_INVALID`, `NAME_INVALID` | INVALID_ARGUMENT | correct the field that the message names |
+//! | `CSR_TOO_LONG`, `CSR_MALFORMED`, `CSR_KEY`, `CSR_SIGNATURE`, `CSR_ATTRIBUTE`, `CSR_EXTENSION`, `CSR_CERTIFICATE_AUTHORITY`, `CSR_USAGE`, `CSR_NAME` | INVALID_ARGUMENT | make another PKCS#10 request |
+//! | `CERTIFICATE_UNKNOWN` | NOT_FOUND | subscribe with a request; ids do not outlive the agent |
+//! | `SIGNER_UNKNOWN` | NOT_FOUND | name a signer that the agent has; if it was a policy, correct the policy |
+//! | `NO_POLICY_MATCHES`, `POLICY_DENIED`, `NAME_NOT_ALLOWED`, `USAGE_NOT_ALLOWED`, `KEY_NOT_ALLOWED`, `LIFETIME_NOT_ALLOWED`, `SIGNER_NOT_ALLOWED`, `RULE_NOT_MET`, `NOTHING_OFFERED` | PERMISSION_DENIED | ask for what `csrd whoami` lists, or change the policy |
+//! | `PEER_EXITED`, `PEER_PID_REUSED`, `PEER_IDS_CHANGED`, `PEER_CHANGED`, `PEER_SOCKET_PASSED` | PERMISSION_DENIED | connect again, from the process that calls; a socket cannot be passed on |
+//! | `PEER_FOREIGN_PID_NAMESPACE`, `PEER_FOREIGN_USER_NAMESPACE`, `PEER_CGROUPS_DISAGREE` | PERMISSION_DENIED | run agent and caller where one kernel view tells of both |
+//! | `PEER_KEEPS_CHANGING`, `ATTEST_UNREADABLE` | UNAVAILABLE | call again |
+//! | `RATE_LIMITED`, `TOO_MANY_REQUESTS` | RESOURCE_EXHAUSTED | call more slowly |
+//! | `TOO_MANY_STREAMS`, `TOO_MANY_CREDENTIALS` | RESOURCE_EXHAUSTED | close streams that are not needed |
+//! | `CA_NOT_VALID`, `CA_KEY_UNUSABLE` | UNAVAILABLE | call again; the operator replaces the CA or corrects the clock |
+//! | `SIGNER_TIMEOUT`, `KEY_NOT_MADE`, `INTERRUPTED`, `AGENT_STOPPING` | UNAVAILABLE | call again |
+//! | `CERTIFICATE_EXPIRED` | UNAVAILABLE | call again; the message says why the renewal fails |
+//! | `CERTIFICATE_NOT_AS_GRANTED` | INTERNAL, or UNAVAILABLE while it is only a matter of time | the signer is at fault: see the agent's log |
+//! | `SIGNER_MALFORMED_CERTIFICATE`, `KEY_ALGORITHM_NOT_GRANTED`, `USAGES_INCOMPLETE` | INTERNAL | signer or policy are at fault: see the message |
+//! | `ISSUANCE_LOST` | INTERNAL | report it: the agent's log has the details |
 
-use std::{collections::HashMap, error::Error};
+use std::collections::HashMap;
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use super::convert::RequestError;
-use crate::{attest::AttestError, hub::HubError};
+use crate::{
+    attest::AttestError,
+    hub::{HubError, with_causes},
+};
 
 /// The domain of every reason (google.rpc.ErrorInfo.domain).
 const DOMAIN: &str = "csrd.dev";
@@ -93,13 +116,57 @@ impl From<&HubError> for Refusal {
     }
 }
 
-/// The error and what is behind it, in one line: a refusal without its reason helps nobody.
-fn with_causes(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// Texts in quotes, in code or in backticks.
+    fn reasons(text: &str, quote: char) -> Vec<String> {
+        let shouted = |word: &&str| {
+            word.contains(|c: char| c.is_ascii_uppercase())
+                && word.split('_').all(|part| !part.is_empty() && part.bytes().all(|b| b.is_ascii_uppercase()))
+        };
+        text.split(quote).skip(1).step_by(2).filter(shouted).map(str::to_owned).collect()
     }
-    text
+
+    #[test]
+    fn the_table_holds_every_reason_of_every_engine_once_and_no_other() {
+        let rows = include_str!("refusal.rs").lines().filter_map(|line| line.strip_prefix("//! | `"));
+        let said: Vec<_> =
+            rows.flat_map(|row| reasons(&format!("`{}", row.split(" | ").next().unwrap()), '`')).collect();
+        let table: BTreeSet<_> = said.iter().cloned().collect();
+        assert_eq!(table.len(), said.len(), "a reason stands twice in {said:?}");
+
+        let mut made = BTreeSet::new();
+        for engine in [
+            include_str!("../attest.rs"),
+            include_str!("../hub.rs"),
+            include_str!("../issue.rs"),
+            include_str!("../policy.rs"),
+            include_str!("../signer.rs"),
+            include_str!("../x509/csr.rs"),
+            include_str!("convert.rs"),
+        ] {
+            let body = engine.split("fn reason(&self) -> &'static str {").nth(1).expect("every engine has one");
+            made.extend(reasons(body.split("\n    }\n").next().unwrap(), '"'));
+        }
+        for own in [include_str!("refusal.rs"), include_str!("issuance.rs"), include_str!("issuance/subscribe.rs")] {
+            let code = own.split("#[cfg(test)]").next().unwrap().lines().filter(|line| !line.starts_with("//"));
+            for line in code.filter(|line| line.contains("Code::") || line.contains("_CODE")) {
+                made.extend(reasons(line, '"'));
+            }
+        }
+        assert_eq!(table, made);
+    }
+
+    #[test]
+    fn one_error_reads_the_same_whoever_meets_it() {
+        let (own, hubs) = (Refusal::stopping(), Refusal::from(&HubError::Stopping));
+        assert_eq!((own.code, own.reason, own.message), (hubs.code, hubs.reason, hubs.message));
+        let unknown = HubError::UnknownSigner { policy: "p".into(), signer: "s".into(), known: String::new() };
+        let refusal = Refusal::from(&unknown);
+        assert_eq!((refusal.code, refusal.reason), (SIGNER_UNKNOWN_CODE, "SIGNER_UNKNOWN"));
+    }
 }

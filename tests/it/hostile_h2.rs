@@ -38,7 +38,6 @@ const WIDE: usize = 16 * 1024 * 1024;
 /// The server and its connections.
 pub(crate) struct Host {
     pub(crate) server: Server,
-    pub(crate) stop: CancellationToken,
     connections: JoinSet<()>,
     _policies: watch::Sender<Arc<PolicySet>>,
 }
@@ -51,7 +50,6 @@ impl Host {
     pub(crate) fn with_metrics(metrics: Metrics) -> Self {
         let rate = Rate { per_second: NonZeroU32::MIN, burst: NonZeroU32::MIN };
         let (sender, policies) = watch::channel(Arc::new(PolicySet::default()));
-        let stop = CancellationToken::new();
         let hub = Hub::new(hub::Parts {
             clock: Clock::paused(SystemTime::UNIX_EPOCH),
             policies,
@@ -68,11 +66,11 @@ impl Host {
             operator_uid: 0,
             limits: Limits::default(),
             metrics,
-            stop: stop.clone(),
+            stop: CancellationToken::new(),
         };
         let (_, health) = tonic_health::server::health_reporter();
         let server = Server::new(engine, Routes::new(health));
-        Self { server, stop, connections: JoinSet::new(), _policies: sender }
+        Self { server, connections: JoinSet::new(), _policies: sender }
     }
 
     fn connect(&mut self, pipe_bytes: usize) -> RawClient<DuplexStream> {

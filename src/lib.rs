@@ -1,6 +1,44 @@
-//! csrd.
+//! csrd issues X.509 certificates to the processes of one host, over gRPC on a unix socket, and keeps them current.
 //!
-//! Who may import whom; `tests/it/tidy.rs` keeps it true.
+//! A caller says nothing about itself. The kernel says who it is, a policy of the operator says what it may have, and a
+//! signer signs no more than that. A private key is made here or never leaves its caller; none is written to disk by the
+//! agent, but the CA's own.
+//!
+//! # The chain
+//!
+//! ```text
+//! Peer --attest--> Workload --policy::decide--> Grant --issue--> Credential --hub--> subscribers
+//! ```
+//!
+//! Each type is made by one module and by nobody else, so whoever holds one holds the proof of the step before it:
+//!
+//! - A [`Peer`](attest::Peer) is the process at the other end of a socket, held by pidfd, and never another one that has
+//!   its number later.
+//! - A [`Workload`](attest::Workload) is what is proven about it now. Nothing it says of itself is in there.
+//! - A [`Grant`](policy::Grant) is a decision: one policy allows all of what is asked. No policy, no grant.
+//! - A [`Credential`](issue::Credential) is a certificate that has been checked against its grant and the signer's roots.
+//!
+//! # What always holds
+//!
+//! - No `Workload` is made outside `attest`, no `Grant` outside `policy`, no `Credential` outside `issue`. Tests have
+//!   constructors of their own, behind `cfg(any(test, feature = "testing"))`, which no release build has.
+//! - Nothing that signs takes a string: [`Sign::sign`](signer::Sign::sign) takes a grant.
+//! - Before anything is sent on a stream that carries a credential, the process behind it is looked at again.
+//! - Time is told by [`clock`] only, and the environment is read by [`config`] and [`cli`] only.
+//! - The runtime has one thread. A lock is held for a moment and never across an await; what blocks or computes for long
+//!   goes to a thread that may.
+//! - Whatever a caller can make grow has a bound, and every bound is a named constant, tested at the bound and one past
+//!   it. What is beyond it is refused, with a reason from the closed set in `server/refusal.rs`.
+//! - Secrets have no `Debug` that shows them, are wiped when dropped, and are in no log, span or error.
+//! - Everything stops: every answer ends at the stop, and each part has less time than what waits for it; see
+//!   [`server::stop`]. The first long-lived task to end, for whatever reason, stops the process.
+//!
+//! # Who may import whom
+//!
+//! Imports go one way: the base knows nothing of ours, the domain is pure, engines talk to the kernel and to a CA, edges
+//! turn protocol into the chain's types and back, and composition puts them together. `tests/it/tidy.rs` compares every
+//! path in `src/` with this table, and fails on a permission that nobody uses. A parent showing its own children is no
+//! import.
 //!
 //! | module | may import |
 //! |---|---|
@@ -11,22 +49,34 @@
 //! | `metrics` | nothing of ours |
 //! | `spiffe` | nothing of ours |
 //! | `x509` | `spiffe` |
-//! | `attest::workload` | `spiffe` |
-//! | `policy` | `spiffe`, `x509`, `attest::workload` |
-//! | `config` | `spiffe`, `policy` |
-//! | `telemetry` | `config` |
-//! | `attest` | `attest::workload`, `spiffe`, `metrics`, `clock`, `telemetry` |
-//! | `policy::watch` | `policy`, `x509`, `tasks`, `metrics` |
-//! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `backoff`, `tasks`, `metrics`, `telemetry` |
-//! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock`, `metrics`, `telemetry` |
-//! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `tasks`, `metrics`, `telemetry` |
-//! | `server` | `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `policy::watch`, `signer`, `issue`, `hub`, `clock`, `backoff`, `tasks`, `metrics`, `telemetry` |
-//! | `client` | `proto`, `spiffe`, `x509`, `backoff`, `telemetry` |
+//! | `attest::workload` | nothing of ours |
+//! | `policy` | `x509`, `attest::workload` |
+//! | `config` | nothing of ours |
+//! | `telemetry` | nothing of ours |
+//! | `attest` | `clock` |
+//! | `policy::watch` | `policy`, `metrics` |
+//! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `metrics` |
+//! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock` |
+//! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `metrics`, `telemetry` |
+//! | `server` | `proto`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `hub`, `metrics`, `telemetry` |
+//! | `client` | `proto`, `backoff`, `telemetry` |
 //! | `agent` | everything |
 //! | `cli` | everything |
 //! | `main` | everything |
-//! | `test_util` | everything |
+//!
+//! # Reading order
+//!
+//! 1. `proto/csrd/v1/certificate.proto`: what a caller can ask for, and what it gets.
+//! 2. [`attest`], then `attest/peer.rs` and `attest/stream.rs`: who calls.
+//! 3. [`policy`], then `policy/document.rs` and `policy/judge.rs`: who may have what.
+//! 4. [`signer`] and [`issue`]: one attempt, from a key to a checked certificate.
+//! 5. [`hub`]: many credentials over time; the only part with state and a schedule.
+//! 6. [`server`], `server/issuance.rs` and `server/refusal.rs`: the socket, its bounds, and what a caller is told.
+//! 7. [`agent`]: how the parts are put together, and how they stop.
+//! 8. [`client`] and [`cli`]: the other end of the socket.
+
 #![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a test may spawn, and reads what its own fakes wrote"))]
+
 pub mod agent;
 pub mod attest;
 pub mod backoff;

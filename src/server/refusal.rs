@@ -3,14 +3,14 @@
 //!
 //! PERMISSION_DENIED is for real refusals: clients of the SPIFFE kind never come back from it. What may pass by itself
 //! is UNAVAILABLE; what the caller has to change is INVALID_ARGUMENT; a bound is RESOURCE_EXHAUSTED; what only an
-//! operator or we can mend is INTERNAL.
+//! operator or we can mend is INTERNAL, or FAILED_PRECONDITION where a setting is all that is wrong.
 //!
 //! | reason | code | what to do |
 //! |---|---|---|
 //! | `REQUEST_INVALID`, `NAME_INVALID` | INVALID_ARGUMENT | correct the field that the message names |
 //! | `CSR_TOO_LONG`, `CSR_MALFORMED`, `CSR_KEY`, `CSR_SIGNATURE`, `CSR_ATTRIBUTE`, `CSR_EXTENSION`, `CSR_CERTIFICATE_AUTHORITY`, `CSR_USAGE`, `CSR_NAME` | INVALID_ARGUMENT | make another PKCS#10 request |
 //! | `CERTIFICATE_UNKNOWN` | NOT_FOUND | subscribe with a request; ids do not outlive the agent |
-//! | `SIGNER_UNKNOWN` | NOT_FOUND | name a signer that the agent has; if it was a policy, correct the policy |
+//! | `SIGNER_UNKNOWN` | FAILED_PRECONDITION | name a signer that the agent has; if it was a policy, correct the policy |
 //! | `NO_POLICY_MATCHES`, `POLICY_DENIED`, `NAME_NOT_ALLOWED`, `USAGE_NOT_ALLOWED`, `KEY_NOT_ALLOWED`, `LIFETIME_NOT_ALLOWED`, `SIGNER_NOT_ALLOWED`, `RULE_NOT_MET`, `NOTHING_OFFERED` | PERMISSION_DENIED | ask for what `csrd whoami` lists, or change the policy |
 //! | `PEER_EXITED`, `PEER_PID_REUSED`, `PEER_IDS_CHANGED`, `PEER_CHANGED`, `PEER_SOCKET_PASSED` | PERMISSION_DENIED | connect again, from the process that calls; a socket cannot be passed on |
 //! | `PEER_FOREIGN_PID_NAMESPACE`, `PEER_FOREIGN_USER_NAMESPACE`, `PEER_CGROUPS_DISAGREE` | PERMISSION_DENIED | run agent and caller where one kernel view tells of both |
@@ -38,8 +38,8 @@ use crate::{
 /// The domain of every reason (google.rpc.ErrorInfo.domain).
 const DOMAIN: &str = "csrd.dev";
 
-/// Whoever names a signer that is not there, the caller or a policy.
-pub(super) const SIGNER_UNKNOWN_CODE: Code = Code::NotFound;
+/// Of a signer that is not there, whoever names it. Clients may come back: a policy or the agent's configuration mends it.
+pub(super) const SIGNER_UNKNOWN_CODE: Code = Code::FailedPrecondition;
 
 /// What a caller is told in place of an answer.
 #[derive(Clone, Debug)]

@@ -326,7 +326,7 @@ async fn input_that_nobody_should_send_gets_its_code_its_reason_and_the_field() 
     assert_eq!((unknown.code(), reason(&unknown).as_str()), (Code::NotFound, "CERTIFICATE_UNKNOWN"));
     let bundle = v1::WatchTrustBundleRequest { signer_name: "none".into() };
     let unknown = agent.client().await.watch_trust_bundle(bundle).await.expect_err("no such signer");
-    assert_eq!((unknown.code(), reason(&unknown).as_str()), (Code::NotFound, "SIGNER_UNKNOWN"));
+    assert_eq!((unknown.code(), reason(&unknown).as_str()), (Code::FailedPrecondition, "SIGNER_UNKNOWN"));
     agent.issue(ask("still.example.org")).await.expect("after all that the agent serves");
 }
 

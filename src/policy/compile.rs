@@ -283,7 +283,7 @@ impl Check<'_> {
         for ((at, name), parsed) in given.iter().zip(&mut parsed) {
             if let Some(at) = at {
                 let field = format!("spec.allow.lifetime.{name}");
-                *parsed = Some(self.text(at, &field, lifetime::parse(&at.value))?);
+                *parsed = Some(self.text(at, &field, lifetime::parse(&at.value, lifetime::LIFETIMES))?);
             }
         }
         let [min, default, max] = parsed;

@@ -10,10 +10,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use super::convert::RequestError;
-use crate::{attest::AttestError, hub::HubError};
-
-/// The domain of every reason (google.rpc.ErrorInfo.domain).
-const DOMAIN: &str = "csrd.dev";
+use crate::{attest::AttestError, hub::HubError, proto::ERROR_DOMAIN};
 
 /// What a caller is told in place of an answer.
 #[derive(Clone, Debug)]
@@ -57,7 +54,7 @@ impl Refusal {
 
 impl From<Refusal> for Status {
     fn from(refusal: Refusal) -> Self {
-        let details = ErrorDetails::with_error_info(refusal.reason, DOMAIN, HashMap::<String, String>::new());
+        let details = ErrorDetails::with_error_info(refusal.reason, ERROR_DOMAIN, HashMap::<String, String>::new());
         Self::with_error_details(refusal.code, refusal.message, details)
     }
 }

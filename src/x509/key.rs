@@ -346,7 +346,7 @@ pub enum KeyError {
     #[error("cannot sign with the private key")]
     Sign,
     /// A key file over [`MAX_KEY_PEM_BYTES`].
-    #[error("a private key has at most 16384 bytes of PEM, this one {bytes}")]
+    #[error("a private key has at most {MAX_KEY_PEM_BYTES} bytes of PEM, this one {bytes}")]
     TooLong {
         /// Its length.
         bytes: usize,

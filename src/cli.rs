@@ -84,6 +84,13 @@ impl From<Exit> for ExitCode {
 #[error("{0}")]
 pub struct UsageError(pub String);
 
+impl UsageError {
+    /// Says the whole chain of an error in one line.
+    fn of(error: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Self(format!("{:#}", anyhow::Error::new(error)))
+    }
+}
+
 /// Runs the command that the process was started with.
 pub async fn run() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -125,7 +132,7 @@ async fn traced(command: impl Future<Output = anyhow::Result<ExitCode>>) -> anyh
     // The only lines are those that say why traces cannot be sent.
     let log = Log { format: LogFormat::Text, filter: "warn".into(), ansi: false };
     let started = Telemetry::new(&log, &variables, io::stderr);
-    let (dispatch, telemetry) = started.map_err(|error| UsageError(error.to_string()))?;
+    let (dispatch, telemetry) = started.map_err(UsageError::of)?;
     tracing::dispatcher::set_global_default(dispatch)?;
     let ended = command.await;
     telemetry.shutdown();

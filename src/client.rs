@@ -7,11 +7,10 @@
 
 mod certificate;
 pub mod output;
-
 pub mod sink;
 mod subscription;
 
-use std::{error::Error as _, fmt, str::FromStr};
+use std::error::Error as _;
 
 use tonic::{
     Request, Status, Streaming,
@@ -25,59 +24,18 @@ pub use self::{
     subscription::{Event, Subscription},
 };
 use crate::{
-    proto::v1::{
-        self, certificate_service_client::CertificateServiceClient, status_service_client::StatusServiceClient,
+    proto::{
+        ERROR_DOMAIN,
+        v1::{self, certificate_service_client::CertificateServiceClient, status_service_client::StatusServiceClient},
     },
+    socket::SocketPath,
     telemetry,
 };
 
 pub use tonic::Code;
 
-/// Where the agent listens unless told otherwise.
-pub const DEFAULT_SOCKET: &str = "unix:///run/csrd/csrd.sock";
-/// Bytes in the path of a unix socket: `sun_path` less its NUL (unix(7)).
-pub const MAX_SOCKET_PATH_BYTES: usize = 107;
 /// Characters of one text from the agent that are shown; the rest is cut.
 pub const MAX_TEXT_CHARS: usize = 4096;
-
-/// `ErrorInfo.domain` of every error of the agent.
-const ERROR_DOMAIN: &str = "csrd.dev";
-
-/// The absolute path of the agent's socket.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SocketPath(String);
-
-/// A path that no socket can have.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum SocketPathError {
-    /// Relative, or another scheme.
-    #[error("the socket must be given as unix:///absolute/path or /absolute/path")]
-    NotAbsolute,
-    /// Over [`MAX_SOCKET_PATH_BYTES`].
-    #[error("the socket's path has {0} bytes, at most 107 are possible (unix(7))")]
-    TooLong(usize),
-}
-
-impl FromStr for SocketPath {
-    type Err = SocketPathError;
-
-    fn from_str(text: &str) -> Result<Self, SocketPathError> {
-        let path = text.strip_prefix("unix://").or_else(|| text.strip_prefix("unix:")).unwrap_or(text);
-        if !path.starts_with('/') || path.contains('\0') {
-            return Err(SocketPathError::NotAbsolute);
-        }
-        if path.len() > MAX_SOCKET_PATH_BYTES {
-            return Err(SocketPathError::TooLong(path.len()));
-        }
-        Ok(Self(path.to_owned()))
-    }
-}
-
-impl fmt::Display for SocketPath {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
 
 /// Why a call failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -250,24 +208,6 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn a_socket_is_an_absolute_path_within_its_bound() {
-        fn check(text: &str, expected: Result<&str, SocketPathError>) {
-            assert_eq!(text.parse::<SocketPath>().map(|path| path.0), expected.map(str::to_owned), "{text}");
-        }
-        check("unix:///run/csrd/csrd.sock", Ok("/run/csrd/csrd.sock"));
-        check("unix:/run/csrd.sock", Ok("/run/csrd.sock"));
-        check("/run/csrd.sock", Ok("/run/csrd.sock"));
-        check("csrd.sock", Err(SocketPathError::NotAbsolute));
-        check("unix://csrd.sock", Err(SocketPathError::NotAbsolute));
-        check("https://example.org", Err(SocketPathError::NotAbsolute));
-        check("", Err(SocketPathError::NotAbsolute));
-        check("/a\0b", Err(SocketPathError::NotAbsolute));
-        let longest = format!("/{}", "x".repeat(MAX_SOCKET_PATH_BYTES - 1));
-        check(&longest, Ok(&longest));
-        check(&format!("{longest}x"), Err(SocketPathError::TooLong(MAX_SOCKET_PATH_BYTES + 1)));
-    }
-
     #[tokio::test]
     async fn a_status_keeps_its_reason_only_from_our_domain() {
         fn check(domain: &str, expected: &str) {
@@ -278,7 +218,7 @@ mod tests {
             assert_eq!((error.code, error.reason.as_str()), (Code::PermissionDenied, expected));
             assert_eq!(error.message, "no\\u{1b}[2J policy");
         }
-        check("csrd.dev", "POLICY_DENIED");
+        check(ERROR_DOMAIN, "POLICY_DENIED");
         check("example.org", ClientError::UNSPECIFIED);
     }
 

@@ -5,7 +5,6 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
     net::SocketAddr,
     num::NonZeroU32,
     path::{Path, PathBuf},
@@ -13,12 +12,16 @@ use std::{
 
 use serde::Deserialize;
 
+use crate::{
+    files::{self, FileError},
+    policy::lifetime,
+    signer::embedded::{DEFAULT_CA_LIFETIME, EmbeddedConfig, MAX_CA_LIFETIME, MIN_CA_LIFETIME},
+    socket::SocketPath,
+    telemetry::Log,
+};
+
 /// Bytes of a configuration file.
-pub const MAX_CONFIG_BYTES: u64 = 64 * 1024;
-/// Bytes of a socket's path: `sun_path` holds 108 with the closing NUL (unix(7)).
-pub const MAX_SOCKET_PATH_BYTES: usize = 107;
-/// The socket when neither flag nor file names one.
-pub const DEFAULT_SOCKET: &str = "/run/csrd/csrd.sock";
+pub const MAX_CONFIG_BYTES: usize = 64 * 1024;
 /// The state folder when neither flag nor file names one.
 pub const DEFAULT_STATE_DIR: &str = "/var/lib/csrd";
 /// The policies when neither flag nor file names any.
@@ -27,16 +30,14 @@ pub const DEFAULT_POLICIES: &str = "/etc/csrd/policies";
 /// What the agent is to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Path of the socket.
-    pub socket: PathBuf,
-    /// Where the embedded signer keeps its CA.
-    pub state_dir: PathBuf,
+    /// The socket.
+    pub socket: SocketPath,
     /// Policy files, or folders of them.
     pub policies: Vec<PathBuf>,
     /// Listener for metrics and readiness; none unless set.
     pub admin: Option<SocketAddr>,
-    /// The embedded signer.
-    pub embedded: EmbeddedFile,
+    /// The embedded signer's CA.
+    pub ca: EmbeddedConfig,
     /// How logs are written.
     pub log: Log,
     /// Rates.
@@ -46,8 +47,8 @@ pub struct Config {
 /// Settings that the command line puts before the file's.
 #[derive(Clone, Debug, Default)]
 pub struct Overrides {
-    /// Path of the socket, or `unix:` and the path.
-    pub socket: Option<String>,
+    /// The socket.
+    pub socket: Option<SocketPath>,
     /// State folder.
     pub state_dir: Option<PathBuf>,
     /// Policies, in place of the file's.
@@ -60,7 +61,7 @@ pub struct Overrides {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase", default)]
 struct File {
-    socket: Option<String>,
+    socket: Option<SocketPath>,
     state_dir: Option<PathBuf>,
     policies: Option<Vec<PathBuf>>,
     admin: Option<SocketAddr>,
@@ -75,39 +76,13 @@ struct SignerFile {
     embedded: EmbeddedFile,
 }
 
-/// The embedded signer's CA: made in the state folder, or the operator's own files.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase", default)]
-pub struct EmbeddedFile {
-    /// The operator's CA certificate, PEM.
-    pub ca_certificate: Option<PathBuf>,
-    /// Its private key, PEM PKCS#8, readable by the agent's user only.
-    pub ca_key: Option<PathBuf>,
-    /// Certificates from above the CA certificate up to a root, PEM; needed when it is an intermediate.
-    pub chain: Option<PathBuf>,
-    /// Lifetime of a CA that the agent makes, in seconds.
-    pub ca_lifetime_seconds: Option<u64>,
-}
-
-/// How logs are written.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
-pub struct Log {
-    /// Text for people or JSON for machines.
-    pub format: LogFormat,
-    /// A `tracing` filter: `info`, or `info,csrd=debug`.
-    pub level: String,
-}
-
-/// How a log line is written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub enum LogFormat {
-    /// For people.
-    #[default]
-    Text,
-    /// One object a line.
-    Json,
+struct EmbeddedFile {
+    ca_certificate: Option<PathBuf>,
+    ca_key: Option<PathBuf>,
+    chain: Option<PathBuf>,
+    ca_lifetime: Option<String>,
 }
 
 /// Rates at which certificates are issued.
@@ -133,21 +108,13 @@ pub struct RateFile {
 /// What is wrong with a configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("cannot read {}", path.display())]
-    Read {
+    /// The file is not read.
+    #[error("configuration file {}", path.display())]
+    File {
         /// The file.
         path: PathBuf,
         /// Why not.
-        source: std::io::Error,
-    },
-    /// The file is too large to be a configuration.
-    #[error("{}: {bytes} bytes, at most {MAX_CONFIG_BYTES} allowed", path.display())]
-    TooLarge {
-        /// The file.
-        path: PathBuf,
-        /// Its size.
-        bytes: u64,
+        source: FileError,
     },
     /// The file is not a configuration.
     #[error("{}: {message}", path.display())]
@@ -157,46 +124,31 @@ pub enum ConfigError {
         /// Line, field and rule.
         message: String,
     },
-    /// The socket is not a path that a socket can have.
-    #[error("socket: {socket:?} {why}")]
-    Socket {
-        /// As it was given.
-        socket: String,
-        /// The rule it breaks.
-        why: &'static str,
-    },
     /// Half of a CA.
     #[error("signer.embedded: caCertificate and caKey go together, and chain needs both")]
     HalfCa,
+    /// A lifetime for a CA that has one.
+    #[error("signer.embedded: caLifetime is for a CA that the agent makes; leave it out beside caCertificate")]
+    LifetimeOfGivenCa,
+    /// No duration, or one from outside [`MIN_CA_LIFETIME`] to [`MAX_CA_LIFETIME`].
+    #[error("signer.embedded.caLifetime: {0}")]
+    CaLifetime(String),
 }
 
 impl Config {
     /// The configuration of the file at `path`, if one is given, with `overrides` put before it.
     pub fn load(path: Option<&Path>, overrides: Overrides) -> Result<Self, ConfigError> {
         let file = path.map(read).transpose()?.unwrap_or_default();
-        let socket = overrides.socket.or(file.socket).unwrap_or_else(|| DEFAULT_SOCKET.to_owned());
+        let state_dir = overrides.state_dir.or(file.state_dir).unwrap_or_else(|| DEFAULT_STATE_DIR.into());
         let policies = if overrides.policies.is_empty() { file.policies } else { Some(overrides.policies) };
-        let embedded = file.signer.embedded;
-        if embedded.ca_certificate.is_some() != embedded.ca_key.is_some()
-            || (embedded.chain.is_some() && embedded.ca_key.is_none())
-        {
-            return Err(ConfigError::HalfCa);
-        }
         Ok(Self {
-            socket: socket_path(&socket)?,
-            state_dir: overrides.state_dir.or(file.state_dir).unwrap_or_else(|| DEFAULT_STATE_DIR.into()),
+            socket: overrides.socket.or(file.socket).unwrap_or_default(),
             policies: policies.unwrap_or_else(|| vec![DEFAULT_POLICIES.into()]),
             admin: overrides.admin.or(file.admin),
-            embedded,
+            ca: ca(file.signer.embedded, state_dir)?,
             log: file.log,
             limits: file.limits,
         })
-    }
-}
-
-impl Default for Log {
-    fn default() -> Self {
-        Self { format: LogFormat::Text, level: "info".to_owned() }
     }
 }
 
@@ -211,14 +163,24 @@ impl Default for LimitsFile {
 }
 
 fn read(path: &Path) -> Result<File, ConfigError> {
-    let unreadable = |source| ConfigError::Read { path: path.to_owned(), source };
-    let bytes = fs::metadata(path).map_err(unreadable)?.len();
-    if bytes > MAX_CONFIG_BYTES {
-        return Err(ConfigError::TooLarge { path: path.to_owned(), bytes });
-    }
-    let text = fs::read_to_string(path).map_err(unreadable)?;
+    let text = files::read_text(path, MAX_CONFIG_BYTES)
+        .map_err(|source| ConfigError::File { path: path.to_owned(), source })?;
     serde_saphyr::from_str(&text)
         .map_err(|error| ConfigError::Invalid { path: path.to_owned(), message: error.to_string() })
+}
+
+/// The operator's CA, or one that is made and kept in `state_dir`.
+fn ca(file: EmbeddedFile, state_dir: PathBuf) -> Result<EmbeddedConfig, ConfigError> {
+    match (file.ca_certificate, file.ca_key, file.chain) {
+        (Some(_), Some(_), _) if file.ca_lifetime.is_some() => Err(ConfigError::LifetimeOfGivenCa),
+        (Some(certificate), Some(key), chain) => Ok(EmbeddedConfig::Given { certificate, key, chain }),
+        (None, None, None) => {
+            let given = file.ca_lifetime.map(|text| lifetime::parse(&text, MIN_CA_LIFETIME..=MAX_CA_LIFETIME));
+            let ca_lifetime = given.transpose().map_err(ConfigError::CaLifetime)?.unwrap_or(DEFAULT_CA_LIFETIME);
+            Ok(EmbeddedConfig::Made { state_dir, ca_lifetime })
+        }
+        _ => Err(ConfigError::HalfCa),
+    }
 }
 
 /// The `OTEL_*` variables of the process, for whoever sends traces.
@@ -230,25 +192,9 @@ pub fn otel_variables() -> BTreeMap<String, String> {
     variables.filter(|(name, _)| name.starts_with("OTEL_")).collect()
 }
 
-/// The path in `unix:///path`, `unix:/path`, `unix:path` or a bare path.
-pub fn socket_path(socket: &str) -> Result<PathBuf, ConfigError> {
-    let bad = |why| ConfigError::Socket { socket: socket.chars().take(2 * MAX_SOCKET_PATH_BYTES).collect(), why };
-    let path = match socket.strip_prefix("unix:") {
-        Some(rest) => rest.strip_prefix("//").unwrap_or(rest),
-        None => socket,
-    };
-    if path.is_empty() || path.contains('\0') {
-        return Err(bad("is no path"));
-    }
-    if path.len() > MAX_SOCKET_PATH_BYTES {
-        return Err(bad("is longer than the 107 bytes that a unix socket's path may have (unix(7))"));
-    }
-    Ok(path.into())
-}
-
 #[cfg(test)]
 mod tests {
-    use std::io::Write as _;
+    use std::{io::Write as _, time::Duration};
 
     use super::*;
 
@@ -258,48 +204,83 @@ mod tests {
         Config::load(Some(file.path()), Overrides::default())
     }
 
+    fn whole(error: ConfigError) -> String {
+        format!("{:#}", anyhow::Error::new(error))
+    }
+
     #[test]
     fn an_empty_configuration_is_the_defaults() {
         let config = Config::load(None, Overrides::default()).unwrap();
         assert_eq!(config, load("{}").unwrap());
-        assert_eq!(config.socket, Path::new(DEFAULT_SOCKET));
+        assert_eq!(config.socket, SocketPath::default());
         assert_eq!(config.admin, None);
+    }
+
+    #[test]
+    fn the_shipped_file_says_the_defaults() {
+        let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/systemd/config.yaml");
+        let shipped = Config::load(Some(&shipped), Overrides::default()).unwrap();
+        let defaults = Config::load(None, Overrides { admin: shipped.admin, ..Overrides::default() }).unwrap();
+        assert_eq!(shipped, defaults);
     }
 
     #[test]
     fn a_flag_goes_before_the_file() {
         let mut file = tempfile::NamedTempFile::new().unwrap();
-        writeln!(file, "socket: unix:///a.sock\npolicies: [/a]\nstateDir: /state").unwrap();
-        let overrides =
-            Overrides { socket: Some("/b.sock".into()), policies: vec!["/b".into()], ..Overrides::default() };
+        writeln!(file, "socket: unix:///a.sock\npolicies: [/a]\nstateDir: /a").unwrap();
+        let overrides = Overrides {
+            socket: Some("/b.sock".parse().unwrap()),
+            policies: vec!["/b".into()],
+            state_dir: Some("/b".into()),
+            ..Overrides::default()
+        };
         let config = Config::load(Some(file.path()), overrides).unwrap();
-        assert_eq!((config.socket, config.policies), ("/b.sock".into(), vec!["/b".into()]));
-        assert_eq!(config.state_dir, Path::new("/state"));
+        assert_eq!((config.socket.to_string().as_str(), config.policies), ("/b.sock", vec!["/b".into()]));
+        assert_eq!(config.ca, EmbeddedConfig::Made { state_dir: "/b".into(), ca_lifetime: DEFAULT_CA_LIFETIME });
+    }
+
+    #[test]
+    fn a_ca_is_made_or_given() {
+        let made = |s| EmbeddedConfig::Made { state_dir: "/s".into(), ca_lifetime: Duration::from_secs(s) };
+        let given = |chain: Option<&str>| EmbeddedConfig::Given {
+            certificate: "/c".into(),
+            key: "/k".into(),
+            chain: chain.map(Into::into),
+        };
+        for (text, expected) in [
+            ("caLifetime: 1m", made(60)),
+            ("caLifetime: 175200h", made(20 * 365 * 24 * 60 * 60)),
+            ("caCertificate: /c, caKey: /k", given(None)),
+            ("caCertificate: /c, caKey: /k, chain: /r", given(Some("/r"))),
+        ] {
+            let config = load(&format!("{{stateDir: /s, signer: {{embedded: {{{text}}}}}}}")).unwrap();
+            assert_eq!(config.ca, expected, "{text}");
+        }
     }
 
     #[test]
     fn what_is_wrong_is_said_with_its_place() {
         fn check(text: &str, part: &str) {
-            let error = load(text).expect_err(text).to_string();
+            let error = whole(load(text).expect_err(text));
             assert!(error.contains(part), "{error:?} does not say {part:?}");
         }
         check("sockt: /a", "unknown field `sockt`");
         check("log:\n  format: xml", "line 2");
+        check("log: {ansi: true}", "unknown field `ansi`");
         check("limits: {all: {perSecond: 0, burst: 1}}", "line 1");
         check("signer: {embedded: {caKey: /k}}", "caCertificate and caKey go together");
         check("signer: {embedded: {chain: /c}}", "chain needs both");
-        check("socket: 'unix:'", "is no path");
-        check(&format!("socket: /{}", "a".repeat(MAX_SOCKET_PATH_BYTES)), "107 bytes");
-        check(&format!("# {}", "a".repeat(64 * 1024)), "at most 65536 allowed");
+        check("signer: {embedded: {caCertificate: /c, caKey: /k, caLifetime: 1h}}", "caLifetime is for a CA that");
+        let bounds = "signer.embedded.caLifetime: it must lie between 1m and 175200h";
+        check("signer: {embedded: {caLifetime: 59s}}", bounds);
+        check("signer: {embedded: {caLifetime: 175200h1s}}", bounds);
+        check("signer: {embedded: {caLifetime: 60}}", "signer.embedded.caLifetime: \"60\" is no duration");
+        check("socket: relative", "the socket must be given as unix:///absolute/path");
+        check(&format!("# {}", "a".repeat(MAX_CONFIG_BYTES)), "it has more than 65536 bytes");
+        load(&format!("# {}", "a".repeat(MAX_CONFIG_BYTES - 2))).unwrap();
         let error = Config::load(Some(Path::new("/nonexistent/x.yaml")), Overrides::default()).unwrap_err();
-        assert_eq!(error.to_string(), "cannot read /nonexistent/x.yaml");
-    }
-
-    #[test]
-    fn a_socket_path_may_have_107_bytes() {
-        let path = format!("/{}", "a".repeat(MAX_SOCKET_PATH_BYTES - 1));
-        for socket in [path.clone(), format!("unix:{path}"), format!("unix://{path}")] {
-            assert_eq!(socket_path(&socket).unwrap(), Path::new(&path));
-        }
+        let expected =
+            "configuration file /nonexistent/x.yaml: it cannot be read: No such file or directory (os error 2)";
+        assert_eq!(whole(error), expected);
     }
 }

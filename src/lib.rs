@@ -48,18 +48,21 @@
 //! | `backoff` | nothing of ours |
 //! | `metrics` | nothing of ours |
 //! | `spiffe` | nothing of ours |
+//! | `files` | nothing of ours |
+//! | `socket` | nothing of ours |
+//! | `telemetry` | nothing of ours |
 //! | `x509` | `spiffe` |
 //! | `attest::workload` | nothing of ours |
 //! | `policy` | `x509`, `attest::workload` |
-//! | `config` | nothing of ours |
 //! | `telemetry` | nothing of ours |
 //! | `attest` | `clock` |
-//! | `policy::watch` | `policy`, `metrics` |
+//! | `policy::watch` | `policy`, `files`, `metrics` |
 //! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `metrics` |
 //! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock` |
 //! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `metrics`, `telemetry` |
 //! | `server` | `proto`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `hub`, `metrics`, `telemetry` |
-//! | `client` | `proto`, `backoff`, `telemetry` |
+//! | `client` | `proto`, `socket`, `backoff`, `telemetry` |
+//! | `config` | `policy`, `signer`, `files`, `socket`, `telemetry` |
 //! | `agent` | everything |
 //! | `cli` | everything |
 //! | `main` | everything |
@@ -84,6 +87,7 @@ pub mod cli;
 pub mod client;
 pub mod clock;
 pub mod config;
+pub mod files;
 pub mod hub;
 pub mod issue;
 pub mod metrics;
@@ -91,6 +95,7 @@ pub mod policy;
 pub mod proto;
 pub mod server;
 pub mod signer;
+pub mod socket;
 pub mod spiffe;
 pub mod tasks;
 pub mod telemetry;

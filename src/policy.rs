@@ -23,7 +23,9 @@ use std::{
 };
 
 pub use cel::{MAX_COST, MAX_DEPTH, MAX_EXPRESSION_BYTES, MAX_RULE_GROUPS};
-pub use compile::{DEFAULT_SIGNER, MAX_ENTRIES, MAX_HINT_BYTES, MAX_MESSAGE_CHARS, MAX_OFFERS, MAX_RULES};
+pub use compile::{
+    DEFAULT_SIGNER, MAX_ENTRIES, MAX_HINT_BYTES, MAX_MESSAGE_CHARS, MAX_OFFERS, MAX_RULES, MAX_SIGNER_BYTES,
+};
 pub use document::{API_VERSION, KIND, MAX_DOCUMENTS, MAX_SOURCE_BYTES, Problem, Source};
 pub use template::MAX_PATTERN_BYTES;
 pub use view::{Explanation, Verdict, View, explain, views};

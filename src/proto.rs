@@ -9,3 +9,6 @@ pub mod v1 {
 
 /// The encoded `FileDescriptorSet` of everything in `proto/`.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
+/// `google.rpc.ErrorInfo.domain` of every reason that the agent gives.
+pub const ERROR_DOMAIN: &str = "csrd.dev";

@@ -1,9 +1,7 @@
-//! SPIFFE IDs and trust domains, parsed into the one form that the standard allows.
+//! SPIFFE IDs, parsed into the one form that the standard allows.
 //!
-//! A [`SpiffeId`] is valid by construction and prints exactly what was parsed: there is nothing to normalize, because the
+//! A [`SpiffeId`] is valid by construction and keeps exactly what was parsed: there is nothing to normalize, because the
 //! standard forbids percent-encoding, empty and relative segments, ports, queries and fragments (SPIFFE-ID section 2).
-
-use std::fmt;
 
 /// Bytes in a SPIFFE ID (SPIFFE-ID section 2.3).
 pub const MAX_SPIFFE_ID_BYTES: usize = 2048;
@@ -11,35 +9,6 @@ pub const MAX_SPIFFE_ID_BYTES: usize = 2048;
 pub const MAX_TRUST_DOMAIN_BYTES: usize = 255;
 
 const SCHEME: &str = "spiffe://";
-
-/// The name of a trust domain, for example `example.org` (SPIFFE-ID section 2.1).
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct TrustDomain(String);
-
-impl TrustDomain {
-    /// Parses a bare name, without scheme: 1 to 255 bytes of `a-z`, `0-9`, `.`, `-` and `_`.
-    pub fn parse(name: &str) -> Result<Self, SpiffeError> {
-        check_trust_domain(name)?;
-        Ok(Self(name.to_owned()))
-    }
-
-    /// The bare name.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-
-    /// The trust domain's own ID, `spiffe://name`, by which the Workload API and SDS key bundles.
-    pub fn id(&self) -> String {
-        format!("{SCHEME}{}", self.0)
-    }
-}
-
-/// The bare name.
-impl fmt::Display for TrustDomain {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
 
 /// A SPIFFE ID, for example `spiffe://example.org/ns/web/sa/api`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -61,34 +30,14 @@ impl SpiffeId {
         Ok(Self { text: text.to_owned(), path_at: SCHEME.len() + trust_domain.len() })
     }
 
-    /// The ID of `path` in `trust_domain`; `path` is empty or begins with a slash.
-    pub fn new(trust_domain: &TrustDomain, path: &str) -> Result<Self, SpiffeError> {
-        if !path.is_empty() && !path.starts_with('/') {
-            return Err(SpiffeError::PathSegment);
-        }
-        Self::parse(&format!("{SCHEME}{trust_domain}{path}"))
-    }
-
     /// The URI.
     pub fn as_str(&self) -> &str {
         &self.text
     }
 
-    /// The trust domain.
-    pub fn trust_domain(&self) -> TrustDomain {
-        TrustDomain(self.text[SCHEME.len()..self.path_at].to_owned())
-    }
-
     /// The path with its leading slash; empty for the trust domain itself, which no workload may have.
     pub fn path(&self) -> &str {
         &self.text[self.path_at..]
-    }
-}
-
-/// The URI.
-impl fmt::Display for SpiffeId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
     }
 }
 
@@ -99,13 +48,13 @@ pub enum SpiffeError {
     #[error("a SPIFFE ID begins with spiffe:// in lower case")]
     Scheme,
     /// SPIFFE-ID section 2.3.
-    #[error("a SPIFFE ID has at most 2048 bytes, this one {bytes}")]
+    #[error("a SPIFFE ID has at most {MAX_SPIFFE_ID_BYTES} bytes, this one {bytes}")]
     TooLong {
         /// Its length.
         bytes: usize,
     },
     /// SPIFFE-ID section 2.1; a port, user info or upper case ends here too.
-    #[error("a trust domain has 1 to 255 bytes, all of a-z, 0-9, '.', '-' and '_'")]
+    #[error("a trust domain has 1 to {MAX_TRUST_DOMAIN_BYTES} bytes, all of a-z, 0-9, '.', '-' and '_'")]
     TrustDomain,
     /// SPIFFE-ID section 2.2; a query, fragment or percent-encoding ends here too.
     #[error("a path segment holds only letters, digits, '.', '-' and '_'")]
@@ -143,17 +92,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn valid_ids_print_what_was_parsed() {
+    fn valid_ids_are_kept_as_they_were_written() {
         let longest_path = format!("/{}", "a".repeat(MAX_SPIFFE_ID_BYTES - "spiffe://td/".len()));
         for (trust_domain, path) in
             [("example.org", "/ns/web/sa/api"), ("td_1-x", "/A.b_c-9"), ("td", ""), ("td", longest_path.as_str())]
         {
             let text = format!("spiffe://{trust_domain}{path}");
             let id = SpiffeId::parse(&text).unwrap();
-            assert_eq!((id.as_str(), id.trust_domain().as_str(), id.path()), (text.as_str(), trust_domain, path));
-            assert_eq!(SpiffeId::new(&id.trust_domain(), path).unwrap(), id);
+            assert_eq!((id.as_str(), id.path()), (text.as_str(), path));
         }
-        assert_eq!(TrustDomain::parse("example.org").unwrap().id(), "spiffe://example.org");
     }
 
     #[test]
@@ -185,9 +132,7 @@ mod tests {
         ] {
             assert_eq!(SpiffeId::parse(text), Err(error), "{text}");
         }
-        assert!(super::TrustDomain::parse(&"d".repeat(MAX_TRUST_DOMAIN_BYTES)).is_ok());
-        // Without its slash a path would lengthen the trust domain.
-        assert_eq!(SpiffeId::new(&super::TrustDomain::parse("td").unwrap(), "x"), Err(PathSegment));
+        assert!(SpiffeId::parse(&format!("spiffe://{}/a", "d".repeat(MAX_TRUST_DOMAIN_BYTES))).is_ok());
     }
 
     proptest! {
@@ -195,14 +140,6 @@ mod tests {
         fn any_text_is_judged_without_panic(text in "\\PC*") {
             if let Ok(id) = SpiffeId::parse(&text) {
                 prop_assert_eq!(id.as_str(), text);
-            }
-        }
-
-        #[test]
-        fn a_path_never_leaks_into_the_trust_domain(path in "(/[a-z./?#@:%]{0,5}){0,3}") {
-            if let Ok(id) = SpiffeId::new(&TrustDomain::parse("td").unwrap(), &path) {
-                let trust_domain = id.trust_domain();
-                prop_assert_eq!(trust_domain.as_str(), "td");
             }
         }
     }

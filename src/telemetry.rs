@@ -27,6 +27,7 @@ use std::time::Duration;
 use opentelemetry::trace::TracerProvider;
 use opentelemetry_otlp::ExporterBuildError;
 use opentelemetry_sdk::trace::{BatchSpanProcessor, SdkTracer, SdkTracerProvider};
+use serde::Deserialize;
 use tracing::{Dispatch, Metadata, Subscriber};
 use tracing_subscriber::{
     Layer, Registry,
@@ -53,18 +54,28 @@ pub const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 const TARGET: &str = "csrd";
 
 /// How log lines look and which are written.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
 pub struct Log {
     /// Their form.
     pub format: LogFormat,
     /// `LEVEL` or `TARGET=LEVEL`, comma-separated.
+    #[serde(rename = "level")]
     pub filter: String,
-    /// Whether text is coloured.
+    /// Whether text is coloured: not configured, it depends on where the lines go.
+    #[serde(skip)]
     pub ansi: bool,
 }
 
+impl Default for Log {
+    fn default() -> Self {
+        Self { format: LogFormat::Text, filter: "info".to_owned(), ansi: false }
+    }
+}
+
 /// The form of log lines.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub enum LogFormat {
     /// For people.
     Text,

@@ -6,7 +6,6 @@ use std::{
     path::PathBuf,
     process::ExitCode,
     sync::Arc,
-    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -17,15 +16,16 @@ use super::{Exit, UsageError};
 use crate::{
     agent::{self, Parts},
     clock::Clock,
-    config::{Config, EmbeddedFile, Log, LogFormat, Overrides, otel_variables},
+    config::{Config, Overrides, otel_variables},
     metrics::Metrics,
     policy::watch::PolicyFiles,
     server::{Limits, admin::Readiness},
     signer::{
         Sign,
-        embedded::{self, Embedded, EmbeddedConfig},
+        embedded::{self, Embedded},
     },
-    telemetry::{self, Telemetry},
+    socket::SocketPath,
+    telemetry::{Log, Telemetry},
 };
 
 /// Serve the socket: attest callers, decide by policy, issue, renew, push.
@@ -36,7 +36,7 @@ pub struct Args {
     config: Option<PathBuf>,
     /// Socket to listen on [default: unix:///run/csrd/csrd.sock]
     #[arg(long, value_name = "PATH")]
-    socket: Option<String>,
+    socket: Option<SocketPath>,
     /// Folder for the embedded CA [default: /var/lib/csrd]
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
@@ -55,8 +55,8 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     super::forbid_huge_pages();
     let overrides =
         Overrides { socket: args.socket, state_dir: args.state_dir, policies: args.policies, admin: args.admin };
-    let config = Config::load(args.config.as_deref(), overrides).map_err(usage)?;
-    let telemetry = start_telemetry(&config.log)?;
+    let config = Config::load(args.config.as_deref(), overrides).map_err(UsageError::of)?;
+    let telemetry = start_telemetry(config.log.clone())?;
     let stop = CancellationToken::new();
     // Before anything is bound: whoever sees the socket can already stop the agent in good order.
     let signals = Signals::catch().context("catching signals")?;
@@ -78,12 +78,11 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
 /// What a configured agent is made of.
 fn parts(config: Config, stop: CancellationToken) -> anyhow::Result<Parts> {
     let (clock, metrics, readiness) = (Clock::system(), Metrics::new(), Readiness::new());
-    let policies = PolicyFiles::load(config.policies, metrics.clone()).map_err(usage)?;
-    let signer =
-        Arc::new(Embedded::open(ca(config.embedded, config.state_dir), &clock, metrics.signer(embedded::NAME))?);
+    let policies = PolicyFiles::load(config.policies, metrics.clone()).map_err(UsageError::of)?;
+    let signer = Arc::new(Embedded::open(config.ca, &clock, metrics.signer(embedded::NAME))?);
     let in_force = policies.subscribe();
     Ok(Parts {
-        socket: config.socket,
+        socket: config.socket.as_path().to_owned(),
         admin: config.admin,
         policies: in_force,
         signers: vec![signer.clone() as Arc<dyn Sign>],
@@ -102,31 +101,12 @@ fn parts(config: Config, stop: CancellationToken) -> anyhow::Result<Parts> {
     })
 }
 
-/// The operator's CA, or one that is made and kept in `state_dir`.
-fn ca(file: EmbeddedFile, state_dir: PathBuf) -> EmbeddedConfig {
-    match (file.ca_certificate, file.ca_key) {
-        (Some(certificate), Some(key)) => EmbeddedConfig::Given { certificate, key, chain: file.chain },
-        _ => {
-            let ca_lifetime = file.ca_lifetime_seconds.map_or(embedded::DEFAULT_CA_LIFETIME, Duration::from_secs);
-            EmbeddedConfig::Made { state_dir, ca_lifetime }
-        }
-    }
-}
-
 /// Logs to stderr, and traces if an `OTEL_*` variable names a collector.
-fn start_telemetry(log: &Log) -> anyhow::Result<Telemetry> {
-    let format = match log.format {
-        LogFormat::Text => telemetry::LogFormat::Text,
-        LogFormat::Json => telemetry::LogFormat::Json,
-    };
-    let log = telemetry::Log { format, filter: log.level.clone(), ansi: io::stderr().is_terminal() };
-    let (dispatch, telemetry) = Telemetry::new(&log, &otel_variables(), io::stderr).map_err(usage)?;
+fn start_telemetry(log: Log) -> anyhow::Result<Telemetry> {
+    let log = Log { ansi: io::stderr().is_terminal(), ..log };
+    let (dispatch, telemetry) = Telemetry::new(&log, &otel_variables(), io::stderr).map_err(UsageError::of)?;
     tracing::dispatcher::set_global_default(dispatch)?;
     Ok(telemetry)
-}
-
-fn usage(error: impl std::fmt::Display) -> UsageError {
-    UsageError(error.to_string())
 }
 
 /// SIGTERM and SIGINT, caught from its making on.

@@ -72,7 +72,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
         metrics,
         readiness,
         background: vec![("embedded signer", Box::pin(signer.run(stop.clone())))],
-        clock,
+        clock: clock.clone(),
         stop: stop.clone(),
     })
     .await?;
@@ -83,7 +83,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let client = Client::new(bound.socket.to_string_lossy().parse()?);
     let workload = async {
         let seen = tokio::select! {
-            seen = workload(&client, args.renewals) => seen,
+            seen = workload(&client, &clock, args.renewals) => seen,
             _ = tokio::signal::ctrl_c() => Ok(()),
         };
         stop.cancel();
@@ -97,7 +97,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
 }
 
 /// What a workload does with the socket.
-async fn workload(client: &Client, renewals: Option<u32>) -> anyhow::Result<()> {
+async fn workload(client: &Client, clock: &Clock, renewals: Option<u32>) -> anyhow::Result<()> {
     let wanted = v1::CertificateRequest {
         dns_names: vec![SERVER_NAME.to_owned()],
         uris: vec![format!("spiffe://demo.csrd.internal/user/{}", rustix::process::geteuid().as_raw())],
@@ -106,17 +106,17 @@ async fn workload(client: &Client, renewals: Option<u32>) -> anyhow::Result<()> 
     };
     let mut certificate =
         client.issue(wanted.clone(), |stage| drop(say(format_args!("{}", super::issue::stage_line(&stage))))).await?;
-    show("issued", &certificate).await?;
+    show("issued", &certificate, clock).await?;
     let mut events = pin!(client.subscribe(wanted).after(&certificate).into_stream());
     let mut seen = 0;
     while renewals.is_none_or(|renewals| seen < renewals) {
         match events.next().await.context("the subscription ended")?? {
             Event::Renewed(renewed) | Event::Current(renewed) => {
                 seen += 1;
-                let left = certificate.not_after.duration_since(Timestamp::now());
-                say(format_args!("renewal {seen}  pushed {:.1} s before the last one ends", left.as_secs_f64()))?;
+                let left = seconds_to(certificate.not_after, clock)?;
+                say(format_args!("renewal {seen}  pushed {left:.1} s before the last one ends"))?;
                 certificate = renewed;
-                show("renewed", &certificate).await?;
+                show("renewed", &certificate, clock).await?;
             }
             other => say(format_args!("event      {other:?}"))?,
         }
@@ -125,15 +125,18 @@ async fn workload(client: &Client, renewals: Option<u32>) -> anyhow::Result<()> 
 }
 
 /// Shows a certificate, and that a client and a server with it accept each other.
-async fn show(what: &str, certificate: &Certificate) -> anyhow::Result<()> {
+async fn show(what: &str, certificate: &Certificate, clock: &Clock) -> anyhow::Result<()> {
     let Certificate { serial_number, not_after, renew_at, .. } = certificate;
-    let (now, began) = (Timestamp::now(), tokio::time::Instant::now());
-    let seconds = |at: &Timestamp| at.duration_since(now).as_secs_f64();
-    let (life, renewal) = (seconds(not_after), seconds(renew_at));
+    let (life, renewal) = (seconds_to(*not_after, clock)?, seconds_to(*renew_at, clock)?);
+    let began = tokio::time::Instant::now();
     say(format_args!("{what:<9}  serial {serial_number}, ends in {life:.1} s, renewal in {renewal:.1} s"))?;
     let session = handshake::with(certificate, SERVER_NAME).await.context("the mutual-TLS handshake failed")?;
     let took = Duration::as_secs_f64(&began.elapsed()) * 1e3;
     say(format_args!("handshake  {session} in {took:.1} ms, each side verified the other"))
+}
+
+fn seconds_to(time: Timestamp, clock: &Clock) -> anyhow::Result<f64> {
+    Ok(clock.until(time.try_into()?).as_secs_f64())
 }
 
 /// The demo's policy; deny by default holds here too.

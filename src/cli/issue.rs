@@ -118,10 +118,10 @@ fn show(line: &str) {
     let _ = writeln!(io::stderr(), "{line}");
 }
 
-fn secret_name(text: &str) -> Result<String, &'static str> {
+fn secret_name(text: &str) -> Result<String, String> {
     output::check_secret_name(text).map(|()| text.to_owned())
 }
 
-fn namespace(text: &str) -> Result<String, &'static str> {
+fn namespace(text: &str) -> Result<String, String> {
     output::check_namespace(text).map(|()| text.to_owned())
 }

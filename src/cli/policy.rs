@@ -10,8 +10,10 @@ use serde_json::json;
 use super::{Exit, TableFormat, UsageError, request::RequestArgs};
 use crate::{
     attest::UnixFacts,
-    metrics::Metrics,
-    policy::{self, Explanation, Problem, watch::PolicyFiles},
+    policy::{
+        self, Explanation, Problem,
+        watch::{LoadError, read_set},
+    },
     server,
 };
 
@@ -68,6 +70,9 @@ struct WorkloadArgs {
     /// systemd unit
     #[arg(long, value_name = "NAME")]
     unit: Option<String>,
+    /// Control group, for example /system.slice/web.service
+    #[arg(long, value_name = "PATH")]
+    cgroup: Option<String>,
 }
 
 impl From<WorkloadArgs> for UnixFacts {
@@ -85,7 +90,7 @@ impl From<WorkloadArgs> for UnixFacts {
             executable: args.executable,
             executable_sha256: args.sha256,
             systemd_unit: args.unit,
-            cgroup: None,
+            cgroup: args.cgroup,
         }
     }
 }
@@ -93,8 +98,8 @@ impl From<WorkloadArgs> for UnixFacts {
 /// Reads, judges and explains.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let Command::Check(check) = args.command;
-    let policies = match PolicyFiles::load(check.paths, Metrics::new()) {
-        Ok(files) => files.subscribe().borrow().clone(),
+    let policies = match read_set(&check.paths) {
+        Ok(policies) => policies,
         Err(error) => return invalid(error, check.output),
     };
     let ask = server::ask(check.request.into_request()?).map_err(UsageError)?;
@@ -107,9 +112,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     Ok(if explanation.granted.is_some() { ExitCode::SUCCESS } else { Exit::Denied.into() })
 }
 
-fn invalid(error: policy::watch::LoadError, output: TableFormat) -> anyhow::Result<ExitCode> {
+fn invalid(error: LoadError, output: TableFormat) -> anyhow::Result<ExitCode> {
     if output == TableFormat::Table {
-        return Err(UsageError(error.to_string()).into());
+        return Err(UsageError::of(error).into());
     }
     let problems = error.0.iter().map(|Problem { file, line, field, message }| {
         json!({ "file": file, "line": line, "field": field, "message": message })
@@ -180,9 +185,8 @@ spec:
         let command = format!("policy check {} {flags}", file.path().display());
         let cli = Cli::try_parse_from(command.split_whitespace())?;
         let Command::Check(check) = cli.args.command;
-        let files = PolicyFiles::load(check.paths, Metrics::new())?;
+        let policies = read_set(&check.paths)?;
         let ask = server::ask(check.request.into_request()?).map_err(UsageError)?;
-        let policies = files.subscribe().borrow().clone();
         Ok(policy::explain(&policies, &check.workload.into(), &ask))
     }
 
@@ -238,12 +242,17 @@ spec:
       executables: [/bin/web]
       executableSha256: [0000000000000000000000000000000000000000000000000000000000000000]
       systemdUnits: [web.service]
+  rules: [{expression: workload.unix.cgroup == '/web', message: in its own cgroup}]
   offer: [{dnsNames: ['{unix.group}.example.org']}]
 ";
         let zeros = "0".repeat(64);
-        let flags = format!("--uid 7 --user web --group g --executable /bin/web --sha256 {zeros} --unit web.service");
+        let flags = format!(
+            "--uid 7 --user web --group g --executable /bin/web --sha256 {zeros} --unit web.service --cgroup /web"
+        );
         assert!(check(policies, &flags).unwrap().granted.is_some());
-        for (flag, other) in [("--uid 7", "--uid 8"), ("--user web", ""), ("--group g", ""), (&zeros, "11")] {
+        for (flag, other) in
+            [("--uid 7", "--uid 8"), ("--user web", ""), ("--group g", ""), (&zeros, "11"), ("--cgroup /web", "")]
+        {
             assert!(check(policies, &flags.replace(flag, other)).unwrap().granted.is_none(), "{flag}");
         }
         for (flag, other) in [("--unit web.service", ""), ("/bin/web", "/bin/other"), ("--uid 7", "--uid 7 --gid 8")] {

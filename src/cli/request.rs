@@ -9,12 +9,12 @@ use std::{
     time::Duration,
 };
 
-use jiff::SignedDuration;
-
 use super::UsageError;
 use crate::{
-    client::{self, Client, SocketPath},
+    client::Client,
+    policy::lifetime,
     proto::v1::{self, certificate_request::Key},
+    socket::{DEFAULT_SOCKET, SocketPath},
     x509::{Csr, KeyAlgorithm, Usage, csr::MAX_PKCS10_BYTES},
 };
 
@@ -22,7 +22,7 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub struct SocketArgs {
     /// The agent's socket
-    #[arg(long, env = "CSRD_SOCKET", value_name = "ADDRESS", default_value = client::DEFAULT_SOCKET, hide_env_values = true)]
+    #[arg(long, env = "CSRD_SOCKET", value_name = "ADDRESS", default_value = DEFAULT_SOCKET, hide_env_values = true)]
     socket: SocketPath,
 }
 
@@ -84,7 +84,7 @@ impl RequestArgs {
             Some(path) => Key::Held(v1::HeldKey { pkcs10: read_csr(path)?.into(), rotate_key: false }),
             None => Key::Generate(key_number(self.key.unwrap_or(KeyAlgorithm::EcdsaP256)).into()),
         };
-        let seconds = |lifetime: Duration| i64::try_from(lifetime.as_secs()).expect("came from a signed number");
+        let seconds = |lifetime: Duration| i64::try_from(lifetime.as_secs()).expect("it is within the bound");
         Ok(v1::CertificateRequest {
             common_name: self.cn.unwrap_or_default(),
             organizations: self.org,
@@ -120,11 +120,8 @@ fn key(text: &str) -> Result<KeyAlgorithm, &'static str> {
     KeyAlgorithm::from_name(text).ok_or("must be ecdsa-p256, ecdsa-p384, ed25519, rsa-2048, rsa-3072 or rsa-4096")
 }
 
-fn lifetime(text: &str) -> Result<Duration, &'static str> {
-    let wrong = "must be whole seconds above zero, like 90s, 15m or 1h30m";
-    let duration = text.parse::<SignedDuration>().map_err(|_| wrong)?;
-    let duration = Duration::try_from(duration).map_err(|_| wrong)?;
-    if duration.is_zero() || duration.subsec_nanos() != 0 { Err(wrong) } else { Ok(duration) }
+fn lifetime(text: &str) -> Result<Duration, String> {
+    lifetime::parse(text, lifetime::LIFETIMES)
 }
 
 fn key_number(algorithm: KeyAlgorithm) -> v1::KeyAlgorithm {
@@ -152,23 +149,6 @@ mod tests {
     use std::fs;
 
     use super::*;
-
-    #[test]
-    fn a_lifetime_is_whole_seconds_above_zero() {
-        fn check(text: &str, expected_s: Option<u64>) {
-            assert_eq!(lifetime(text).ok(), expected_s.map(Duration::from_secs), "{text}");
-        }
-        check("1h30m", Some(5400));
-        check("90s", Some(90));
-        check("24h", Some(86_400));
-        check("1.5h", Some(5400));
-        check("1500ms", None);
-        check("0s", None);
-        check("-1h", None);
-        check("60", None);
-        check("", None);
-        check("999999999999999999999h", None);
-    }
 
     #[test]
     fn every_key_and_usage_has_a_name_on_the_command_line_and_a_number_in_the_api() {

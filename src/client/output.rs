@@ -89,19 +89,27 @@ pub fn secret(certificate: &Certificate, name: &str, namespace: Option<&str>) ->
 }
 
 /// Whether a Secret can have this name: labels of `a-z`, `0-9` and inner `-`, joined by dots.
-pub fn check_secret_name(name: &str) -> Result<(), &'static str> {
+pub fn check_secret_name(name: &str) -> Result<(), String> {
     let fits = name.len() <= MAX_SECRET_NAME_BYTES && name.split('.').all(is_label);
     if fits {
         Ok(())
     } else {
-        Err("must be 1 to 253 of a-z, 0-9, '-' and '.', each part beginning and ending with a letter or digit")
+        let max = MAX_SECRET_NAME_BYTES;
+        Err(format!(
+            "must be 1 to {max} of a-z, 0-9, '-' and '.', each part beginning and ending with a letter or digit"
+        ))
     }
 }
 
-/// Whether a namespace can have this name: one label of at most 63 bytes.
-pub fn check_namespace(name: &str) -> Result<(), &'static str> {
+/// Whether a namespace can have this name: one label of at most [`MAX_NAMESPACE_BYTES`].
+pub fn check_namespace(name: &str) -> Result<(), String> {
     let fits = name.len() <= MAX_NAMESPACE_BYTES && is_label(name);
-    if fits { Ok(()) } else { Err("must be 1 to 63 of a-z, 0-9 and '-', beginning and ending with a letter or digit") }
+    if fits {
+        Ok(())
+    } else {
+        let max = MAX_NAMESPACE_BYTES;
+        Err(format!("must be 1 to {max} of a-z, 0-9 and '-', beginning and ending with a letter or digit"))
+    }
 }
 
 fn is_label(label: &str) -> bool {

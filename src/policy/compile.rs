@@ -30,8 +30,8 @@ pub const MAX_HINT_BYTES: usize = 1024;
 pub const MAX_MESSAGE_CHARS: usize = 256;
 /// The signer of a policy that names none.
 pub const DEFAULT_SIGNER: &str = "embedded";
-/// Bytes in a signer name: a DNS subdomain, a slash and a path of the same size.
-const MAX_SIGNER_BYTES: usize = 2 * MAX_NAME_BYTES + 1;
+/// Bytes in a signer's name: a DNS subdomain, a slash and a path of the same size.
+pub const MAX_SIGNER_BYTES: usize = 2 * MAX_NAME_BYTES + 1;
 
 /// Signers that no workload certificate can come from, with the reason.
 const REFUSED_SIGNERS: [(&str, &str); 2] = [
@@ -283,7 +283,7 @@ impl Check<'_> {
         for ((at, name), parsed) in given.iter().zip(&mut parsed) {
             if let Some(at) = at {
                 let field = format!("spec.allow.lifetime.{name}");
-                *parsed = Some(self.text(at, &field, lifetime::parse(&at.value))?);
+                *parsed = Some(self.text(at, &field, lifetime::parse(&at.value, lifetime::LIFETIMES))?);
             }
         }
         let [min, default, max] = parsed;

@@ -1,11 +1,13 @@
-//! Lifetimes as policies write them, `1h30m`, and the range that a policy allows.
+//! Lifetimes as policies, configuration and command line write them, `1h30m`, and the range that a policy allows.
 
-use std::time::Duration;
+use std::{ops::RangeInclusive, time::Duration};
 
 /// The shortest lifetime that a policy may allow.
 pub const MIN_LIFETIME: Duration = Duration::from_secs(1);
 /// The longest lifetime that a policy may allow: a leap year.
 pub const MAX_LIFETIME: Duration = Duration::from_secs(366 * 24 * 60 * 60);
+/// What a policy may allow.
+pub const LIFETIMES: RangeInclusive<Duration> = MIN_LIFETIME..=MAX_LIFETIME;
 /// What a certificate gets when neither the policy nor the caller says.
 pub const DEFAULT_LIFETIME: Duration = Duration::from_secs(60 * 60);
 /// The maximum of a policy that names none.
@@ -49,8 +51,8 @@ impl Range {
 ///
 /// # Errors
 ///
-/// A sentence when the text is no such duration or lies outside [`MIN_LIFETIME`] to [`MAX_LIFETIME`].
-pub fn parse(text: &str) -> Result<Duration, String> {
+/// A sentence when the text is no such duration or lies outside `allowed`.
+pub fn parse(text: &str, allowed: RangeInclusive<Duration>) -> Result<Duration, String> {
     let malformed = || format!("{} is no duration; write for example 90s, 15m or 1h30m", super::shown(text));
     let mut seconds: u64 = 0;
     let mut rest = text;
@@ -68,9 +70,9 @@ pub fn parse(text: &str) -> Result<Duration, String> {
         return Err(malformed());
     }
     let duration = Duration::from_secs(seconds);
-    match (MIN_LIFETIME..=MAX_LIFETIME).contains(&duration) {
+    match allowed.contains(&duration) {
         true => Ok(duration),
-        false => Err(format!("it must lie between {} and {}", print(MIN_LIFETIME), print(MAX_LIFETIME))),
+        false => Err(format!("it must lie between {} and {}", print(*allowed.start()), print(*allowed.end()))),
     }
 }
 
@@ -96,7 +98,7 @@ mod tests {
         for (text, seconds) in
             [("1s", 1), ("90s", 90), ("15m", 900), ("1h30m", 5400), ("24h", 86_400), ("8784h", 31_622_400)]
         {
-            assert_eq!(parse(text), Ok(Duration::from_secs(seconds)), "{text}");
+            assert_eq!(parse(text, LIFETIMES), Ok(Duration::from_secs(seconds)), "{text}");
         }
         for (seconds, text) in [(0, "0s"), (90, "1m30s"), (5400, "1h30m"), (86_400, "24h"), (3601, "1h1s")] {
             assert_eq!(print(Duration::from_secs(seconds)), text);
@@ -108,15 +110,15 @@ mod tests {
         for text in
             ["", "1", "h", "1d", "1h1h", "1s1m", "-1h", "+1h", "1.5h", " 1h", "1h ", "１h", "99999999999999999999h"]
         {
-            assert!(parse(text).unwrap_err().contains("is no duration"), "{text}");
+            assert!(parse(text, LIFETIMES).unwrap_err().contains("is no duration"), "{text}");
         }
     }
 
     #[test]
     fn a_lifetime_is_bounded_on_both_sides() {
-        assert!(parse("8784h").is_ok());
-        assert!(parse("8784h1s").unwrap_err().contains("between 1s and 8784h"));
-        assert!(parse("0s").unwrap_err().contains("between 1s and 8784h"));
+        assert!(parse("8784h", LIFETIMES).is_ok());
+        assert!(parse("8784h1s", LIFETIMES).unwrap_err().contains("between 1s and 8784h"));
+        assert!(parse("0s", LIFETIMES).unwrap_err().contains("between 1s and 8784h"));
     }
 
     #[test]

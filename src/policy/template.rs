@@ -192,7 +192,7 @@ impl Pattern {
                 Kind::Dns | Kind::Uri => {}
             }
         }
-        // X509-SVID section 2: the ID of a leaf has a path.
+        // X509-SVID section 3.1: the ID of a leaf has a path.
         if self.kind == Kind::Uri && self.head.starts_with("spiffe://") && self.parts.len() < 2 {
             return Err("a workload's SPIFFE ID needs a path".to_owned());
         }
@@ -207,7 +207,7 @@ impl Pattern {
         };
         // The name in the error is the sample, which the author never wrote.
         checked.map_err(|error| match error {
-            NameError::Dns { why, .. } | NameError::Uri { why, .. } => why.to_owned(),
+            NameError::Dns { why, .. } | NameError::Uri { why, .. } => why,
             _ => format!("it must have 1 to {MAX_SUBJECT_CHARS} printable characters"),
         })
     }

@@ -8,10 +8,7 @@
 //! A folder's files are those named `*.yaml` and `*.yml` in it, in order of name; hidden ones and subfolders are not read.
 
 use std::{
-    fmt,
-    fs::{self, OpenOptions},
-    io::Read as _,
-    os::unix::fs::OpenOptionsExt as _,
+    fmt, fs, io,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -26,6 +23,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    files::{self, FileError},
     metrics::Metrics,
     policy::{MAX_SOURCE_BYTES, PolicySet, Problem, Source},
 };
@@ -186,6 +184,15 @@ impl PolicyFiles {
     }
 }
 
+/// The set that the files and folders at `paths` make now. Blocks.
+///
+/// # Errors
+///
+/// Every problem, as for [`PolicyFiles::load`].
+pub fn read_set(paths: &[PathBuf]) -> Result<PolicySet, LoadError> {
+    parse(&read(paths)).map_err(LoadError)
+}
+
 fn parse(content: &Content) -> Result<PolicySet, Vec<Problem>> {
     content.as_ref().map_err(Clone::clone).and_then(|sources| PolicySet::parse(sources))
 }
@@ -224,7 +231,6 @@ fn read(paths: &[PathBuf]) -> Content {
 
 /// The policy files in a folder, in order of name.
 fn list(folder: &Path) -> Result<Vec<PathBuf>, String> {
-    let unreadable = |error| format!("it cannot be read: {error}");
     let mut files = Vec::new();
     for entry in fs::read_dir(folder).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
@@ -241,22 +247,18 @@ fn list(folder: &Path) -> Result<Vec<PathBuf>, String> {
     Ok(files)
 }
 
-/// Reads a regular file of at most `left` bytes; a pipe or device is neither waited for nor read.
 fn read_file(path: &Path, left: usize) -> Result<String, String> {
-    let unreadable = |error| format!("it cannot be read: {error}");
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(unreadable)?;
-    if !file.metadata().map_err(unreadable)?.is_file() {
-        return Err("it is no regular file".to_owned());
-    }
-    let max = MAX_SOURCE_BYTES.min(left);
-    let mut bytes = Vec::new();
-    file.take(max as u64 + 1).read_to_end(&mut bytes).map_err(unreadable)?;
-    if bytes.len() > max {
-        return Err(format!(
-            "it has more than {max} bytes; a file may have {MAX_SOURCE_BYTES}, all of a set {MAX_SET_BYTES}"
-        ));
-    }
-    String::from_utf8(bytes).map_err(|error| format!("it is not UTF-8 after byte {}", error.utf8_error().valid_up_to()))
+    files::read_text(path, MAX_SOURCE_BYTES.min(left)).map_err(|error| match error {
+        FileError::Io(error) => unreadable(error),
+        FileError::TooLong { .. } => {
+            format!("{error}; a file may have {MAX_SOURCE_BYTES}, all of a set {MAX_SET_BYTES}")
+        }
+        FileError::NotRegular | FileError::NotUtf8 { .. } => error.to_string(),
+    })
+}
+
+fn unreadable(error: io::Error) -> String {
+    format!("it cannot be read: {error}")
 }
 
 fn problem(path: &Path, message: String) -> Problem {

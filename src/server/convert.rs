@@ -11,7 +11,7 @@ use std::{
 use crate::{
     attest::Workload,
     hub::{Held, Live, Row},
-    policy::{Ask, View},
+    policy::{Ask, MAX_NAME_BYTES, MAX_SIGNER_BYTES, View},
     proto::v1,
     x509::{
         Csr, DnsName, KeyAlgorithm, Names, Usage, Usages,
@@ -20,8 +20,6 @@ use crate::{
     },
 };
 
-/// Bytes in a signer's or a policy's name.
-pub(super) const MAX_NAME_BYTES: usize = 253;
 /// Usages in one request, repeated ones counted.
 pub(super) const MAX_USAGES: usize = 16;
 /// The longest lifetime that can be asked for: 100 years of 365 days, far above what any policy allows.
@@ -91,8 +89,8 @@ impl RequestError {
 pub(super) fn ask(request: Option<v1::CertificateRequest>) -> Result<(Ask, Option<Held>), RequestError> {
     let request = request.ok_or(RequestError::Missing("request"))?;
     let lifetime = request.lifetime.map(lifetime).transpose()?;
-    let signer = optional_name("signer_name", request.signer_name)?;
-    let policy = optional_name("policy", request.policy)?;
+    let signer = signer_name(request.signer_name)?;
+    let policy = optional_name("policy", request.policy, MAX_NAME_BYTES)?;
     let given =
         names(request.common_name, request.organizations, &request.dns_names, &request.ip_addresses, request.uris)?;
     let asked = usages(&request.usages)?;
@@ -175,9 +173,14 @@ fn lifetime(lifetime: prost_types::Duration) -> Result<Duration, RequestError> {
     Ok(Duration::from_secs(seconds))
 }
 
-fn optional_name(field: &'static str, name: String) -> Result<Option<String>, RequestError> {
-    if name.len() > MAX_NAME_BYTES {
-        return Err(RequestError::TooLong { field, bytes: name.len(), max: MAX_NAME_BYTES });
+/// The signer that a message names, if it names one.
+pub(super) fn signer_name(name: String) -> Result<Option<String>, RequestError> {
+    optional_name("signer_name", name, MAX_SIGNER_BYTES)
+}
+
+fn optional_name(field: &'static str, name: String, max: usize) -> Result<Option<String>, RequestError> {
+    if name.len() > max {
+        return Err(RequestError::TooLong { field, bytes: name.len(), max });
     }
     Ok((!name.is_empty()).then_some(name))
 }

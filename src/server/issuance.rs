@@ -103,10 +103,11 @@ impl v1::certificate_service_server::CertificateService for Issuance {
         request: Request<v1::WatchTrustBundleRequest>,
     ) -> Result<Response<Self::WatchTrustBundleStream>, Status> {
         let call = self.call(&request).await?;
-        let name = request.into_inner().signer_name;
-        let name = if name.is_empty() { &self.engine.default_signer } else { &name };
+        let name = convert::signer_name(request.into_inner().signer_name);
+        let name = name.map_err(|error| ended(&call.span, error.into()))?;
+        let name = name.as_ref().unwrap_or(&self.engine.default_signer);
         let bundle = self.engine.hub.bundle(name).ok_or_else(|| {
-            let message = format!("signer_name: this agent has no signer {name:.253?}");
+            let message = format!("signer_name: this agent has no signer {name:?}");
             ended(&call.span, Refusal::new(SIGNER_UNKNOWN_CODE, "SIGNER_UNKNOWN", message))
         })?;
         telemetry::record_status(&call.span, Code::Ok as i32, "");

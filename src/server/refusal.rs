@@ -33,10 +33,8 @@ use super::convert::RequestError;
 use crate::{
     attest::AttestError,
     hub::{HubError, with_causes},
+    proto::ERROR_DOMAIN,
 };
-
-/// The domain of every reason (google.rpc.ErrorInfo.domain).
-const DOMAIN: &str = "csrd.dev";
 
 /// Of a signer that is not there, whoever names it. Clients may come back: a policy or the agent's configuration mends it.
 pub(super) const SIGNER_UNKNOWN_CODE: Code = Code::FailedPrecondition;
@@ -83,7 +81,7 @@ impl Refusal {
 
 impl From<Refusal> for Status {
     fn from(refusal: Refusal) -> Self {
-        let details = ErrorDetails::with_error_info(refusal.reason, DOMAIN, HashMap::<String, String>::new());
+        let details = ErrorDetails::with_error_info(refusal.reason, ERROR_DOMAIN, HashMap::<String, String>::new());
         Self::with_error_details(refusal.code, refusal.message, details)
     }
 }

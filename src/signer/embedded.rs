@@ -32,7 +32,7 @@ pub use self::{
     store::MAX_FILE_BYTES,
 };
 use super::{Sign, SignError, Signing, SigningRequest, Stage};
-use crate::{clock::Clock, metrics::SignerMetrics, x509::Bundle};
+use crate::{clock::Clock, metrics::SignerMetrics, policy::lifetime, x509::Bundle};
 
 /// The name that policies call this signer by.
 pub const NAME: &str = "embedded";
@@ -338,7 +338,7 @@ pub enum EmbeddedError {
         path: PathBuf,
     },
     /// A file over [`MAX_FILE_BYTES`].
-    #[error("{} has {bytes} bytes, at most 1048576 are read", path.display())]
+    #[error("{} has {bytes} bytes, at most {MAX_FILE_BYTES} are read", path.display())]
     TooLong {
         /// The file.
         path: PathBuf,
@@ -357,7 +357,12 @@ pub enum EmbeddedError {
     #[error("cannot make a CA")]
     Make(#[from] AuthorityError),
     /// A lifetime out of bounds.
-    #[error("the CA's lifetime is {} s, from 60 s to 20 years are allowed", lifetime.as_secs())]
+    #[error(
+        "the CA's lifetime is {}, it must lie between {} and {}",
+        lifetime::print(*lifetime),
+        lifetime::print(MIN_CA_LIFETIME),
+        lifetime::print(MAX_CA_LIFETIME)
+    )]
     Lifetime {
         /// As configured.
         lifetime: Duration,

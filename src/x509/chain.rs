@@ -190,7 +190,7 @@ pub enum ChainError {
         max: usize,
     },
     /// Over [`MAX_CERTIFICATES_PEM_BYTES`].
-    #[error("certificates have at most 1048576 bytes of PEM, these {bytes}")]
+    #[error("certificates have at most {MAX_CERTIFICATES_PEM_BYTES} bytes of PEM, these {bytes}")]
     TooLong {
         /// How many bytes.
         bytes: usize,
@@ -199,7 +199,7 @@ pub enum ChainError {
     #[error("the PEM is malformed")]
     Pem,
     /// A certificate that does not parse, has bytes after its end, or is over [`MAX_CERTIFICATE_BYTES`].
-    #[error("certificate {index} (counted from 0) is malformed or longer than 65536 bytes")]
+    #[error("certificate {index} (counted from 0) is malformed or longer than {MAX_CERTIFICATE_BYTES} bytes")]
     Certificate {
         /// Its place.
         index: usize,

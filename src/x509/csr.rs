@@ -95,7 +95,7 @@ impl fmt::Debug for Csr {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CsrError {
     /// Over [`MAX_PKCS10_BYTES`].
-    #[error("a PKCS#10 request has at most 16384 bytes, this one {bytes}")]
+    #[error("a PKCS#10 request has at most {MAX_PKCS10_BYTES} bytes, this one {bytes}")]
     TooLong {
         /// Its length.
         bytes: usize,

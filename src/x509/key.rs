@@ -196,12 +196,7 @@ impl PrivateKey {
         &self.public_key
     }
 
-    /// Unencrypted PKCS#8, version 1 (RFC 5208).
-    pub fn pkcs8_der(&self) -> &[u8] {
-        &self.pkcs8
-    }
-
-    /// The same as PEM.
+    /// Unencrypted PKCS#8, version 1 (RFC 5208), as PEM.
     pub fn to_pem(&self) -> Zeroizing<String> {
         Zeroizing::new(pem::encode("PRIVATE KEY", &self.pkcs8))
     }
@@ -346,7 +341,7 @@ pub enum KeyError {
     #[error("cannot sign with the private key")]
     Sign,
     /// A key file over [`MAX_KEY_PEM_BYTES`].
-    #[error("a private key has at most 16384 bytes of PEM, this one {bytes}")]
+    #[error("a private key has at most {MAX_KEY_PEM_BYTES} bytes of PEM, this one {bytes}")]
     TooLong {
         /// Its length.
         bytes: usize,
@@ -370,7 +365,9 @@ pub enum KeyError {
         bits: usize,
     },
     /// An RSA exponent that is even, small or long.
-    #[error("the RSA public exponent must be odd, at least 65537, and at most 4 bytes long")]
+    #[error(
+        "the RSA public exponent must be odd, at least {MIN_RSA_EXPONENT}, and at most {MAX_RSA_EXPONENT_BYTES} bytes long"
+    )]
     RsaExponent,
     /// An RSA key that is no RSAPublicKey (RFC 8017 section A.1.1).
     #[error("the RSA key is malformed")]
@@ -422,7 +419,7 @@ mod tests {
             let key = PrivateKey::generate(algorithm).unwrap();
             let read = PrivateKey::from_pem(key.to_pem().as_bytes()).unwrap();
             assert_eq!((read.algorithm(), read.public_key()), (algorithm, key.public_key()));
-            assert_eq!(read.pkcs8_der(), key.pkcs8_der());
+            assert_eq!(read.pkcs8, key.pkcs8);
         }
     }
 
@@ -460,7 +457,7 @@ mod tests {
         assert_eq!(read.public_key(), key.public_key());
 
         let key = PrivateKey::generate(KeyAlgorithm::Rsa2048).unwrap();
-        let fields = children(only(key.pkcs8_der()).unwrap().data).unwrap();
+        let fields = children(only(&key.pkcs8).unwrap().data).unwrap();
         let read = PrivateKey::from_pem(pem::encode("RSA PRIVATE KEY", fields[2].data).as_bytes()).unwrap();
         assert_eq!(read.public_key(), key.public_key());
     }

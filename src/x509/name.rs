@@ -2,7 +2,7 @@
 
 use std::{fmt, net::IpAddr};
 
-use crate::spiffe::SpiffeId;
+use crate::spiffe::{MAX_SPIFFE_ID_BYTES, SpiffeId};
 
 /// Names of all SAN kinds together in one request.
 pub const MAX_NAMES: usize = 64;
@@ -14,8 +14,8 @@ pub const MAX_ORGANIZATIONS: usize = 8;
 pub const MAX_DNS_NAME_BYTES: usize = 253;
 /// Bytes in one DNS label (RFC 1035 section 2.3.4).
 pub const MAX_DNS_LABEL_BYTES: usize = 63;
-/// Bytes in a URI name (SPIFFE-ID section 2.3, the bound of a SPIFFE ID).
-pub const MAX_URI_BYTES: usize = 2048;
+/// Bytes in a URI name.
+pub const MAX_URI_BYTES: usize = MAX_SPIFFE_ID_BYTES;
 
 /// The subject and subject alternative names of a request, a grant or a certificate.
 ///
@@ -69,7 +69,7 @@ impl Names {
         match svid {
             Some(uri) if self.uris.len() > 1 => {
                 let why = "a certificate with a SPIFFE ID has no other URI (X509-SVID section 2)";
-                Err(NameError::Uri { uri: printable(uri), why })
+                Err(NameError::Uri { uri: printable(uri), why: why.to_owned() })
             }
             _ => Ok(()),
         }
@@ -104,9 +104,9 @@ pub struct DnsName(String);
 impl DnsName {
     /// Parses `text`, changing nothing: upper case, a trailing dot, U-labels and NUL are refused, not repaired.
     pub fn parse(text: &str) -> Result<Self, NameError> {
-        let bad = |why| NameError::Dns { name: printable(text), why };
+        let bad = |why: &str| NameError::Dns { name: printable(text), why: why.to_owned() };
         if text.is_empty() || text.len() > MAX_DNS_NAME_BYTES {
-            return Err(bad("it must have 1 to 253 bytes"));
+            return Err(bad(&format!("it must have 1 to {MAX_DNS_NAME_BYTES} bytes")));
         }
         let (wildcard, host) = match text.strip_prefix("*.") {
             Some(rest) => (true, rest),
@@ -117,7 +117,7 @@ impl DnsName {
             labels += 1;
             let bytes = label.as_bytes();
             if bytes.is_empty() || bytes.len() > MAX_DNS_LABEL_BYTES {
-                return Err(bad("each label must have 1 to 63 bytes"));
+                return Err(bad(&format!("each label must have 1 to {MAX_DNS_LABEL_BYTES} bytes")));
             }
             if !bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-') {
                 return Err(bad(
@@ -168,7 +168,7 @@ pub enum NameError {
         max: usize,
     },
     /// A common name or organization that is empty, too long or holds control characters.
-    #[error("{field}: {value:?} must have 1 to 64 printable characters")]
+    #[error("{field}: {value:?} must have 1 to {MAX_SUBJECT_CHARS} printable characters")]
     Subject {
         /// Which attribute.
         field: &'static str,
@@ -181,7 +181,7 @@ pub enum NameError {
         /// The name, cut short.
         name: String,
         /// The rule it breaks.
-        why: &'static str,
+        why: String,
     },
     /// A URI outside the accepted form.
     #[error("uris: {uri:?} is refused: {why}")]
@@ -189,7 +189,7 @@ pub enum NameError {
         /// The URI, cut short.
         uri: String,
         /// The rule it breaks.
-        why: &'static str,
+        why: String,
     },
     /// Text that is no IP address.
     #[error("ip_addresses: {0:?} is no IPv4 or IPv6 address")]
@@ -207,9 +207,9 @@ pub fn parse_ip(text: &str) -> Result<IpAddr, NameError> {
 
 /// A URI is kept as text; it must be absolute, printable ASCII without spaces, and within its bound.
 fn check_uri(uri: &str) -> Result<(), NameError> {
-    let bad = |why| NameError::Uri { uri: printable(uri), why };
+    let bad = |why: &str| NameError::Uri { uri: printable(uri), why: why.to_owned() };
     if uri.len() > MAX_URI_BYTES {
-        return Err(bad("it is longer than 2048 bytes"));
+        return Err(bad(&format!("it is longer than {MAX_URI_BYTES} bytes")));
     }
     if !uri.bytes().all(|b| b.is_ascii_graphic()) {
         return Err(bad("it may hold only printable ASCII without spaces"));
@@ -225,7 +225,8 @@ fn check_uri(uri: &str) -> Result<(), NameError> {
         return Err(bad("its authority must not be empty"));
     }
     if scheme == "spiffe" {
-        let id = SpiffeId::parse(uri).map_err(|_| bad("it is no SPIFFE ID (SPIFFE-ID section 2)"))?;
+        let id =
+            SpiffeId::parse(uri).map_err(|error| bad(&format!("it is no SPIFFE ID: {error} (SPIFFE-ID section 2)")))?;
         if id.path().is_empty() {
             return Err(bad("a workload's SPIFFE ID needs a path (X509-SVID section 3.1)"));
         }
@@ -322,7 +323,8 @@ mod tests {
             (&["HTTPS://a"], "lower case"),
             (&["1a://a"], "lower case"),
             (&["https:///x"], "authority"),
-            (&["spiffe://example.org/a/../b"], "no SPIFFE ID"),
+            (&["spiffe://example.org/a/../b"], "no SPIFFE ID: a path has no empty, '.' or '..' segment"),
+            (&["spiffe://Example.org/a"], "no SPIFFE ID: a trust domain has 1 to 255 bytes"),
             (&["spiffe://example.org"], "needs a path"),
             (&["https://a", "spiffe://example.org/web"], "no other URI"),
             (&["spiffe://example.org/a", "spiffe://example.org/b"], "no other URI"),

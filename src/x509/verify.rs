@@ -150,13 +150,13 @@ pub enum VerifyError {
     #[error("extendedKeyUsage must be exactly as granted")]
     ExtendedKeyUsage,
     /// NotBefore in the future by more than [`MAX_CLOCK_SKEW`].
-    #[error("the certificate is not valid yet: the signer's clock and ours differ by more than 60 s")]
+    #[error("the certificate is not valid yet: the signer's clock and ours differ by more than {} s", MAX_CLOCK_SKEW.as_secs())]
     NotYetValid,
     /// NotAfter has passed.
     #[error("the certificate has expired")]
     Expired,
     /// NotBefore set back by more than [`MAX_BACKDATE`].
-    #[error("the certificate's validity begins more than 600 s ago")]
+    #[error("the certificate's validity begins more than {} s ago", MAX_BACKDATE.as_secs())]
     Backdated,
     /// NotAfter past the grant by more than [`MAX_CLOCK_SKEW`].
     #[error("the certificate is valid for longer than granted")]

@@ -302,6 +302,10 @@ async fn input_that_nobody_should_send_gets_its_code_its_reason_and_the_field() 
     }
     let request = of(|request| request.policy = "x".repeat(254));
     check(&agent, request, invalid, "REQUEST_INVALID", "at most 253").await;
+    let request = of(|request| request.signer_name = "x".repeat(507));
+    check(&agent, request, Code::PermissionDenied, "SIGNER_NOT_ALLOWED", "signer").await;
+    let request = of(|request| request.signer_name = "x".repeat(508));
+    check(&agent, request, invalid, "REQUEST_INVALID", "signer_name: 508 bytes given, at most 507").await;
     for pkcs10 in [&b"garbage"[..], &[], &[0x30; 16 * 1024 + 1]] {
         let held = v1::HeldKey { pkcs10: pkcs10.to_vec().into(), rotate_key: false };
         let key = Some(v1::certificate_request::Key::Held(held));
@@ -324,9 +328,15 @@ async fn input_that_nobody_should_send_gets_its_code_its_reason_and_the_field() 
     let unknown = v1::SubscribeRequest { certificate_id: "no such id".into(), ..Default::default() };
     let unknown = agent.subscribe(unknown).await.expect_err("no such id");
     assert_eq!((unknown.code(), reason(&unknown).as_str()), (Code::NotFound, "CERTIFICATE_UNKNOWN"));
-    let bundle = v1::WatchTrustBundleRequest { signer_name: "none".into() };
-    let unknown = agent.client().await.watch_trust_bundle(bundle).await.expect_err("no such signer");
-    assert_eq!((unknown.code(), reason(&unknown).as_str()), (Code::FailedPrecondition, "SIGNER_UNKNOWN"));
+    for (signer_name, code, expected) in [
+        ("none".to_owned(), Code::FailedPrecondition, "SIGNER_UNKNOWN"),
+        ("x".repeat(507), Code::FailedPrecondition, "SIGNER_UNKNOWN"),
+        ("x".repeat(508), invalid, "REQUEST_INVALID"),
+    ] {
+        let bundle = v1::WatchTrustBundleRequest { signer_name };
+        let unknown = agent.client().await.watch_trust_bundle(bundle).await.expect_err("no such signer");
+        assert_eq!((unknown.code(), reason(&unknown).as_str()), (code, expected));
+    }
     agent.issue(ask("still.example.org")).await.expect("after all that the agent serves");
 }
 
@@ -510,16 +520,21 @@ async fn an_agent_that_cannot_work_does_not_start_and_says_why() {
         assert_eq!(code, Some(expected), "{said}");
         assert!(said.contains(words), "{said:?} does not say {words:?}");
     };
+    fs::write(agent.path("config.yaml"), "signer: {embedded: {caLifetime: 59s}}\n").unwrap();
+    let bounds = "signer.embedded.caLifetime: it must lie between 1m and 175200h";
+    check(start(&agent.path("other.sock"), &["--config", &text(agent.path("config.yaml"))]), 64, bounds);
+    assert!(!Path::new(&state).exists(), "nothing was made");
     check(start(&agent.socket(), &[]), 1, "is in use by another process");
     fs::create_dir(agent.path("folder")).unwrap();
     check(start(&agent.path("folder"), &[]), 1, "is no socket");
-    check(start(&agent.path(&"x".repeat(108)), &[]), 64, "107 bytes");
+    check(start(&agent.path(&"x".repeat(108)), &[]), 64, "at most 107 are possible");
     check(start(&agent.path("nowhere/s"), &[]), 1, "cannot listen on");
     let other = agent.path("other.sock");
     fs::write(agent.path("bad.yaml"), "apiVersion: csrd.dev/v1alpha1\nkind: Nonsense\n").unwrap();
     check(start(&other, &["--policy", &text(agent.path("bad.yaml"))]), 64, "bad.yaml");
     fs::write(agent.path("config.yaml"), "sockt: x\n").unwrap();
     check(start(&other, &["--config", &text(agent.path("config.yaml"))]), 64, "sockt");
+    check(start(&other, &["--config", "/nonexistent"]), 64, "it cannot be read: No such file");
     // The CA: a key of another certificate, a key that others can read, a folder that is a file.
     let state_of = |name: &str| text(agent.path(name));
     fs::write(agent.path("file"), "").unwrap();

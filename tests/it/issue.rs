@@ -181,7 +181,7 @@ fn an_end_has_its_exit_code() {
     check(None, &["status"], 77, "csrd: only root may list (NOT_YOURS)\n");
     check(None, &["issue", "--socket", "/nonexistent"], 69, "no agent answers at /nonexistent");
     check(None, &["issue", "--socket", "relative"], 64, "unix:///absolute/path");
-    check(None, &["issue", "--lifetime", "soon"], 64, "must be whole seconds above zero");
+    check(None, &["issue", "--lifetime", "soon"], 64, "write for example 90s");
     check(None, &["issue", "--key", "dsa"], 64, "must be ecdsa-p256");
     check(None, &["issue", "--usage", "code-signing"], 64, "must be server-auth");
     check(None, &["issue", "--csr", "x", "--cn", "web"], 64, "cannot be used with");

@@ -128,7 +128,7 @@ async fn run(Words(words): Words) -> Outcome {
         Ok(Ok(status)) if status.success() => Ok(shown),
         Ok(Ok(status)) => Err(failed(&status)),
         Ok(Err(error)) => Err(failed(&error)),
-        Err(_) => Err(failed(&"ran for 30 s and was killed")),
+        Err(_) => Err(failed(&format_args!("ran for {} s and was killed", EXEC_TIMEOUT.as_secs()))),
     }
 }
 

@@ -93,7 +93,9 @@ async fn handshake(server: &Watched, client: &Watched) -> String {
     };
     let mut serving = Command::new("openssl");
     serving.args(["s_server", "-accept", &port.to_string(), "-Verify", "2", "-verify_return_error"]);
-    let mut serving = serving.args(files(server)).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    // It ends when its stdin does, so that stays open.
+    serving.args(files(server)).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut serving = serving.spawn().unwrap();
     let address = format!("127.0.0.1:{port}");
     let mut arguments: Vec<String> = ["s_client", "-connect", &address].map(str::to_owned).into();
     arguments.extend(files(client));

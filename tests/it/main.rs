@@ -6,6 +6,7 @@
 mod agent;
 mod attest;
 mod authority;
+mod bad_input;
 mod client;
 mod fake_agent;
 mod help;
@@ -13,6 +14,7 @@ mod hostile_h2;
 mod issue;
 mod openssl;
 mod raw_h2;
+mod start;
 mod telemetry;
 mod tidy;
 mod watch;

@@ -468,32 +468,89 @@ async fn a_stopped_agent_leaves_no_socket_and_a_killed_ones_socket_is_taken_over
     assert!(!agent.socket().exists());
 }
 
+/// When an agent dies in the course of an issuance.
+#[derive(Debug, Clone, Copy)]
+enum Death {
+    /// So long after the request began to be sent.
+    After(Duration),
+    /// When the caller has read this stage; the agent is further by then.
+    At(v1::StageKind),
+    /// When the caller has read it all.
+    Afterwards,
+}
+
 #[tokio::test]
-async fn an_agent_killed_at_any_stage_hands_out_a_whole_certificate_or_none_and_starts_again() {
-    use v1::{StageKind, issue_certificate_response::Event};
+async fn whenever_an_agent_is_killed_its_caller_has_a_whole_certificate_or_none_and_the_ca_is_kept() {
+    use v1::StageKind::{Attested, Granted, Issued, Requested};
+    const STEPS: u32 = 32;
+    const STEP: Duration = Duration::from_micros(120);
     let mut agent = Agent::start(&policy()).await;
     let roots = agent.issue(ask("a.example.org")).await.unwrap().trust_bundle;
-    for last in [StageKind::Attested, StageKind::Granted, StageKind::Requested, StageKind::Issued] {
-        let request = v1::IssueCertificateRequest { request: Some(ask("a.example.org")) };
-        let mut answers = agent.client().await.issue_certificate(request).await.unwrap().into_inner();
-        let mut certificate = None;
-        loop {
-            match answers.message().await {
-                Ok(Some(v1::IssueCertificateResponse { event: Some(Event::Stage(stage)) })) if stage.kind() == last => {
-                    agent.kill();
-                }
-                Ok(Some(v1::IssueCertificateResponse { event: Some(Event::Certificate(whole)) })) => {
-                    certificate = Some(whole);
-                }
-                Ok(Some(_)) => {}
-                Ok(None) | Err(_) => break,
-            }
+    let deaths = (0..STEPS).map(|step| Death::After(STEP * step));
+    let deaths = deaths.chain([Attested, Granted, Requested, Issued].map(Death::At)).chain([Death::Afterwards]);
+    for (round, death) in deaths.enumerate() {
+        let certificate = issue_until(&mut agent, death).await;
+        match round as u32 {
+            0 => assert!(certificate.is_none(), "nothing had been sent"),
+            // All but the last two rounds end in the hands of the scheduler.
+            round if round > STEPS + 3 => assert!(certificate.is_some()),
+            _ => {}
         }
         if let Some(certificate) = certificate {
-            csrd::x509::Chain::from_pem(&certificate.certificate_chain).unwrap();
-            csrd::x509::PrivateKey::from_pem(&certificate.private_key).unwrap();
+            check_whole(&certificate, &roots);
         }
         agent.spawn().await;
-        assert_eq!(agent.issue(ask("a.example.org")).await.unwrap().trust_bundle, roots, "after {last:?}");
+        assert_eq!(agent.issue(ask("a.example.org")).await.unwrap().trust_bundle, roots, "{death:?}");
     }
+}
+
+/// Asks for a certificate of an agent that is killed; returns the certificate if it arrived.
+async fn issue_until(agent: &mut Agent, death: Death) -> Option<v1::Certificate> {
+    use v1::issue_certificate_response::Event;
+    const MAX_STAGES: usize = 8;
+    let mut client = agent.client().await;
+    let (tell, mut told) = tokio::sync::mpsc::channel(MAX_STAGES);
+    let mut call = JoinSet::new();
+    call.spawn(async move {
+        let request = v1::IssueCertificateRequest { request: Some(ask("a.example.org")) };
+        let mut answers = client.issue_certificate(request).await.ok()?.into_inner();
+        let mut certificate = None;
+        while let Ok(Some(answer)) = answers.message().await {
+            match answer.event.expect("no event is empty") {
+                Event::Stage(stage) => tell.try_send(stage.kind()).expect("each stage is sent once"),
+                Event::Certificate(whole) => certificate = Some(whole),
+            }
+        }
+        certificate
+    });
+    match death {
+        Death::After(delay) => {
+            // Timers are too coarse.
+            let began = tokio::time::Instant::now();
+            while began.elapsed() < delay {
+                tokio::task::yield_now().await;
+            }
+        }
+        Death::At(last) => while told.recv().await.expect("each stage is told") != last {},
+        Death::Afterwards => while told.recv().await.is_some() {},
+    }
+    agent.kill();
+    call.join_next().await.unwrap().unwrap()
+}
+
+/// Chain and key belong together and lead to the roots.
+fn check_whole(certificate: &v1::Certificate, roots: &[u8]) {
+    use csrd::x509::{Bundle, Chain, DnsName, Expected, Names, PrivateKey, Usage};
+    assert_eq!(certificate.trust_bundle, roots);
+    let key = PrivateKey::from_pem(&certificate.private_key).unwrap();
+    let names = Names { dns: vec![DnsName::parse("a.example.org").unwrap()], ..Names::default() };
+    let expected = Expected {
+        names: &names,
+        usages: [Usage::DigitalSignature, Usage::ServerAuth, Usage::ClientAuth].into_iter().collect(),
+        public_key: key.public_key(),
+        lifetime: Duration::from_secs(3600),
+        now: csrd::clock::Clock::system().now(),
+    };
+    let chain = Chain::from_pem(&certificate.certificate_chain).unwrap();
+    chain.verify(&Bundle::from_pem(roots).unwrap(), &expected).unwrap();
 }

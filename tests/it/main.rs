@@ -19,4 +19,5 @@ mod raw_h2;
 mod start;
 mod telemetry;
 mod tidy;
+mod traces;
 mod watch;

@@ -3,7 +3,7 @@
 use std::{
     fs,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Child, Command, Output},
     time::Duration,
 };
@@ -29,24 +29,65 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) struct Agent {
     child: Option<Child>,
     pub(crate) folder: TempDir,
+    /// Run by this shell script, in a mount namespace of its own, whose arguments are the agent's command line.
+    script: Option<String>,
+    variables: Vec<(String, String)>,
 }
 
 impl Agent {
     /// An agent whose policies are `policy`, ready to serve.
     pub(crate) async fn start(policy: &str) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        // Other users' clients must be able to reach the socket.
-        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        fs::write(folder.path().join("policy.yaml"), policy).unwrap();
-        let mut agent = Self { child: None, folder };
+        Self::start_with(policy, &[]).await
+    }
+
+    /// Likewise, with environment variables.
+    pub(crate) async fn start_with(policy: &str, variables: &[(&str, &str)]) -> Self {
+        let mut agent = Self::prepare(policy);
+        agent.variables = variables.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
         agent.spawn().await;
         agent
     }
 
-    pub(crate) async fn spawn(&mut self) {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_csrd"));
+    /// An agent that is yet to be spawned.
+    pub(crate) fn prepare(policy: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        // Other users' clients must be able to reach the socket.
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::write(folder.path().join("policy.yaml"), policy).unwrap();
+        Self { child: None, folder, script: None, variables: Vec::new() }
+    }
+
+    /// Lets `script` make the agent's mounts; it finds the agent's folder as its working directory. Needs root.
+    pub(crate) fn mounting(mut self, script: &str) -> Self {
+        self.script = Some(format!("{script} && exec \"$@\""));
+        self
+    }
+
+    fn serve(&self) -> Command {
+        let program = env!("CARGO_BIN_EXE_csrd");
+        let mut command = match &self.script {
+            None => Command::new(program),
+            Some(script) => {
+                let mut command = Command::new("unshare");
+                command.args(["--mount", "sh", "-c", script, "sh", program]);
+                command
+            }
+        };
         command.arg("agent").arg("--socket").arg(self.socket()).arg("--state-dir").arg(self.path("state"));
-        command.arg("--policy").arg(self.path("policy.yaml")).stderr(fs::File::create(self.path("log")).unwrap());
+        command.arg("--policy").arg(self.path("policy.yaml")).current_dir(self.folder.path());
+        command.envs(self.variables.iter().map(|(name, value)| (name, value)));
+        command
+    }
+
+    /// The exit code and the words of an agent that must not start.
+    pub(crate) fn refused_start(&self) -> (Option<i32>, String) {
+        let output = self.serve().output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+
+    pub(crate) async fn spawn(&mut self) {
+        let mut command = self.serve();
+        command.stderr(fs::File::create(self.path("log")).unwrap());
         self.child = Some(command.spawn().unwrap());
         timeout(PATIENCE, self.answers()).await.expect("the agent serves");
     }
@@ -65,6 +106,10 @@ impl Agent {
 
     pub(crate) fn socket(&self) -> PathBuf {
         self.path("s")
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.as_ref().unwrap().id()
     }
 
     fn kill(&mut self) {
@@ -89,7 +134,7 @@ impl Agent {
         CertificateServiceClient::new(self.try_channel().await.unwrap())
     }
 
-    async fn issue(&self, request: v1::CertificateRequest) -> Result<v1::Certificate, Status> {
+    pub(crate) async fn issue(&self, request: v1::CertificateRequest) -> Result<v1::Certificate, Status> {
         use v1::issue_certificate_response::Event;
         let request = v1::IssueCertificateRequest { request: Some(request) };
         let mut answers = self.client().await.issue_certificate(request).await?.into_inner();
@@ -105,12 +150,15 @@ impl Agent {
         }
     }
 
-    async fn subscribe(&self, request: v1::SubscribeRequest) -> Result<Streaming<v1::SubscribeResponse>, Status> {
+    pub(crate) async fn subscribe(
+        &self,
+        request: v1::SubscribeRequest,
+    ) -> Result<Streaming<v1::SubscribeResponse>, Status> {
         Ok(self.client().await.subscribe(request).await?.into_inner())
     }
 
     /// A command of ours as `uid`.
-    fn command(&self, uid: Option<u32>, arguments: &[&str]) -> Output {
+    pub(crate) fn command(&self, uid: Option<u32>, arguments: &[&str]) -> Output {
         self.as_user(uid).args(arguments).output().unwrap()
     }
 
@@ -168,24 +216,26 @@ pub(crate) fn policy() -> String {
     policy_for(&[uid()])
 }
 
-fn uid() -> u32 {
+pub(crate) fn uid() -> u32 {
     rustix::process::geteuid().as_raw()
 }
 
-fn ask(name: &str) -> v1::CertificateRequest {
+pub(crate) fn ask(name: &str) -> v1::CertificateRequest {
     v1::CertificateRequest { dns_names: vec![name.to_owned()], ..Default::default() }
 }
 
-fn lasting(seconds: i64, request: v1::CertificateRequest) -> v1::CertificateRequest {
+pub(crate) fn lasting(seconds: i64, request: v1::CertificateRequest) -> v1::CertificateRequest {
     v1::CertificateRequest { lifetime: Some(prost_types::Duration { seconds, nanos: 0 }), ..request }
 }
 
-fn follow(request: v1::CertificateRequest) -> v1::SubscribeRequest {
+pub(crate) fn follow(request: v1::CertificateRequest) -> v1::SubscribeRequest {
     v1::SubscribeRequest { request: Some(request), ..Default::default() }
 }
 
 /// The next certificate of a stream, with its sequence.
-async fn next_certificate(stream: &mut Streaming<v1::SubscribeResponse>) -> Result<(u64, v1::Certificate), Status> {
+pub(crate) async fn next_certificate(
+    stream: &mut Streaming<v1::SubscribeResponse>,
+) -> Result<(u64, v1::Certificate), Status> {
     loop {
         let answer = timeout(PATIENCE, stream.message()).await.expect("an answer in time")?;
         let answer = answer.ok_or_else(|| Status::unknown("a subscription never ends with OK"))?;
@@ -231,113 +281,6 @@ async fn a_request_without_names_gets_what_policy_offers() {
     let (_, leaf) = x509_parser::parse_x509_certificate(chain.leaf_der()).unwrap();
     let names = format!("{:?}", leaf.subject_alternative_name().unwrap().unwrap().value.general_names);
     assert!(names.contains(&format!("spiffe://example.org/user/{}", uid())), "{names}");
-}
-
-#[tokio::test]
-async fn input_that_nobody_should_send_gets_its_code_its_reason_and_the_field() {
-    async fn check(agent: &Agent, request: v1::CertificateRequest, code: Code, expected: &str, words: &str) {
-        let refused = match agent.issue(request.clone()).await {
-            Err(refused) => refused,
-            Ok(_) => panic!("{request:?} was granted"),
-        };
-        assert_eq!((refused.code(), reason(&refused).as_str()), (code, expected), "{request:?}: {}", refused.message());
-        assert!(refused.message().contains(words), "{:?} does not say {words:?}", refused.message());
-        let streamed = agent.subscribe(follow(request)).await.expect_err("Subscribe refuses what Issue refuses");
-        assert_eq!(streamed.code(), code);
-    }
-    let agent = Agent::start(&policy()).await;
-    let invalid = Code::InvalidArgument;
-    for (name, words) in [
-        ("A.example.org", "a-z"),
-        ("a.example.org.", "1 to 63 bytes"),
-        ("a\0.example.org", "a-z"),
-        ("ä.example.org", "xn--"),
-        ("a.*.example.org", "whole first label"),
-        ("*.org", "two labels"),
-        ("10.0.0.1", "IP name"),
-        (&format!("{}.example.org", "a".repeat(64)), "63 bytes"),
-        (&"a.".repeat(127), "253 bytes"),
-    ] {
-        check(&agent, ask(name), invalid, "NAME_INVALID", words).await;
-    }
-    let many = v1::CertificateRequest {
-        dns_names: (0..10_000).map(|n| format!("{n}.example.org")).collect(),
-        ..Default::default()
-    };
-    let refused = agent.issue(many).await.expect_err("10,000 names");
-    assert!(refused.message().contains("at most"), "{refused:?}");
-    let names = |count| (0..count).map(|n| format!("n{n}.example.org")).collect();
-    let request = v1::CertificateRequest { dns_names: names(65), ..Default::default() };
-    check(&agent, request, invalid, "NAME_INVALID", "65 given, at most 64 allowed").await;
-    agent.issue(v1::CertificateRequest { dns_names: names(64), ..Default::default() }).await.expect("at the bound");
-
-    let of = |change: fn(&mut v1::CertificateRequest)| {
-        let mut request = ask("a.example.org");
-        change(&mut request);
-        request
-    };
-    let long = "x".repeat(65);
-    let request = v1::CertificateRequest { common_name: long.clone(), ..Default::default() };
-    check(&agent, request, invalid, "NAME_INVALID", "1 to 64").await;
-    agent
-        .issue(v1::CertificateRequest { common_name: long[1..].to_owned(), ..Default::default() })
-        .await
-        .expect("64 characters are allowed");
-    let request = of(|request| request.ip_addresses = vec!["10.0.0.300".into()]);
-    check(&agent, request, invalid, "NAME_INVALID", "no IPv4 or IPv6 address").await;
-    let request = of(|request| request.uris = vec!["spiffe://Example.org/x".into()]);
-    check(&agent, request, invalid, "NAME_INVALID", "no SPIFFE ID").await;
-    let request = of(|request| request.uris = vec![format!("https://example.org/{}", "x".repeat(2048))]);
-    check(&agent, request, invalid, "NAME_INVALID", "2048 bytes").await;
-    let request = of(|request| request.usages = vec![99]);
-    check(&agent, request, invalid, "REQUEST_INVALID", "usages: 99").await;
-    let request = of(|request| request.usages = vec![1; 17]);
-    check(&agent, request, invalid, "REQUEST_INVALID", "at most 16").await;
-    let request = of(|request| request.key = Some(v1::certificate_request::Key::Generate(99)));
-    check(&agent, request, invalid, "REQUEST_INVALID", "generate: 99").await;
-    for (seconds, nanos) in [(0, 0), (-1, 0), (60, 1), (i64::MAX, 0)] {
-        let request =
-            v1::CertificateRequest { lifetime: Some(prost_types::Duration { seconds, nanos }), ..ask("a.example.org") };
-        check(&agent, request, invalid, "REQUEST_INVALID", "whole seconds").await;
-    }
-    let request = of(|request| request.policy = "x".repeat(254));
-    check(&agent, request, invalid, "REQUEST_INVALID", "at most 253").await;
-    let request = of(|request| request.signer_name = "x".repeat(507));
-    check(&agent, request, Code::PermissionDenied, "SIGNER_NOT_ALLOWED", "signer").await;
-    let request = of(|request| request.signer_name = "x".repeat(508));
-    check(&agent, request, invalid, "REQUEST_INVALID", "signer_name: 508 bytes given, at most 507").await;
-    for pkcs10 in [&b"garbage"[..], &[], &[0x30; 16 * 1024 + 1]] {
-        let held = v1::HeldKey { pkcs10: pkcs10.to_vec().into(), rotate_key: false };
-        let key = Some(v1::certificate_request::Key::Held(held));
-        let refused = agent.issue(v1::CertificateRequest { key: key.clone(), ..Default::default() }).await;
-        let refused = refused.expect_err("no request");
-        assert_eq!(refused.code(), invalid, "{refused:?}");
-        assert!(refused.message().starts_with("held.pkcs10: ") && !reason(&refused).is_empty(), "{refused:?}");
-        check(&agent, v1::CertificateRequest { key, ..ask("a.example.org") }, invalid, "REQUEST_INVALID", "leave")
-            .await;
-    }
-    let denied = Code::PermissionDenied;
-    let request = of(|request| request.policy = "other".into());
-    assert_eq!(agent.issue(request).await.expect_err("no such policy").code(), denied);
-    check(&agent, ask("a.example.com"), denied, "NAME_NOT_ALLOWED", "policy test: dnsNames: \"a.example.com\"").await;
-    let request = of(|request| request.lifetime = Some(prost_types::Duration { seconds: 86_401, nanos: 0 }));
-    check(&agent, request, denied, "LIFETIME_NOT_ALLOWED", "24h").await;
-
-    let missing = agent.client().await.issue_certificate(v1::IssueCertificateRequest { request: None }).await;
-    assert_eq!(reason(&missing.expect_err("nothing asked")), "REQUEST_INVALID");
-    let unknown = v1::SubscribeRequest { certificate_id: "no such id".into(), ..Default::default() };
-    let unknown = agent.subscribe(unknown).await.expect_err("no such id");
-    assert_eq!((unknown.code(), reason(&unknown).as_str()), (Code::NotFound, "CERTIFICATE_UNKNOWN"));
-    for (signer_name, code, expected) in [
-        ("none".to_owned(), Code::FailedPrecondition, "SIGNER_UNKNOWN"),
-        ("x".repeat(507), Code::FailedPrecondition, "SIGNER_UNKNOWN"),
-        ("x".repeat(508), invalid, "REQUEST_INVALID"),
-    ] {
-        let bundle = v1::WatchTrustBundleRequest { signer_name };
-        let unknown = agent.client().await.watch_trust_bundle(bundle).await.expect_err("no such signer");
-        assert_eq!((unknown.code(), reason(&unknown).as_str()), (code, expected));
-    }
-    agent.issue(ask("still.example.org")).await.expect("after all that the agent serves");
 }
 
 #[tokio::test]
@@ -500,64 +443,6 @@ async fn health_and_reflection_answer_on_the_same_socket() {
     }
 }
 
-/// Runs an agent that must not start; returns its exit code and what it said.
-fn refused_start(arguments: &[&str]) -> (Option<i32>, String) {
-    let output = Command::new(env!("CARGO_BIN_EXE_csrd")).arg("agent").args(arguments).output().unwrap();
-    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
-}
-
-#[tokio::test]
-async fn an_agent_that_cannot_work_does_not_start_and_says_why() {
-    let agent = Agent::start(&policy()).await;
-    let text = |path: PathBuf| path.to_str().unwrap().to_owned();
-    let (policy_path, state) = (text(agent.path("policy.yaml")), text(agent.path("other-state")));
-    let start = |socket: &Path, extra: &[&str]| {
-        let mut arguments = vec!["--socket", socket.to_str().unwrap(), "--state-dir", &state, "--policy", &policy_path];
-        arguments.extend(extra);
-        refused_start(&arguments)
-    };
-    let check = |(code, said): (Option<i32>, String), expected: i32, words: &str| {
-        assert_eq!(code, Some(expected), "{said}");
-        assert!(said.contains(words), "{said:?} does not say {words:?}");
-    };
-    fs::write(agent.path("config.yaml"), "signer: {embedded: {caLifetime: 59s}}\n").unwrap();
-    let bounds = "signer.embedded.caLifetime: it must lie between 1m and 175200h";
-    check(start(&agent.path("other.sock"), &["--config", &text(agent.path("config.yaml"))]), 64, bounds);
-    assert!(!Path::new(&state).exists(), "nothing was made");
-    check(start(&agent.socket(), &[]), 1, "is in use by another process");
-    fs::create_dir(agent.path("folder")).unwrap();
-    check(start(&agent.path("folder"), &[]), 1, "is no socket");
-    check(start(&agent.path(&"x".repeat(108)), &[]), 64, "at most 107 are possible");
-    check(start(&agent.path("nowhere/s"), &[]), 1, "cannot listen on");
-    let other = agent.path("other.sock");
-    fs::write(agent.path("bad.yaml"), "apiVersion: csrd.dev/v1alpha1\nkind: Nonsense\n").unwrap();
-    check(start(&other, &["--policy", &text(agent.path("bad.yaml"))]), 64, "bad.yaml");
-    fs::write(agent.path("config.yaml"), "sockt: x\n").unwrap();
-    check(start(&other, &["--config", &text(agent.path("config.yaml"))]), 64, "sockt");
-    check(start(&other, &["--config", "/nonexistent"]), 64, "it cannot be read: No such file");
-    // The CA: a key of another certificate, a key that others can read, a folder that is a file.
-    let state_of = |name: &str| text(agent.path(name));
-    fs::write(agent.path("file"), "").unwrap();
-    let arguments = ["--socket", other.to_str().unwrap(), "--policy", &policy_path, "--state-dir", &state_of("file")];
-    let (code, said) = refused_start(&arguments);
-    assert_eq!(code, Some(1), "{said}");
-    assert!(said.contains("file"), "{said}");
-    let issued = agent.issue(ask("a.example.org")).await.unwrap();
-    fs::write(agent.path("ca.crt"), &issued.certificate_chain).unwrap();
-    fs::write(agent.path("ca.key"), &issued.private_key).unwrap();
-    let config = format!(
-        "signer: {{embedded: {{caCertificate: {}, caKey: {}}}}}\n",
-        text(agent.path("ca.crt")),
-        text(agent.path("ca.key"))
-    );
-    fs::write(agent.path("config.yaml"), config).unwrap();
-    fs::set_permissions(agent.path("ca.key"), fs::Permissions::from_mode(0o644)).unwrap();
-    check(start(&other, &["--config", &text(agent.path("config.yaml"))]), 1, "ca.key");
-    fs::set_permissions(agent.path("ca.key"), fs::Permissions::from_mode(0o600)).unwrap();
-    check(start(&other, &["--config", &text(agent.path("config.yaml"))]), 1, "ca.crt");
-    assert!(!other.exists(), "no socket was left behind");
-}
-
 #[tokio::test]
 async fn the_ca_outlives_the_process_and_nobody_else_can_read_it() {
     let mut agent = Agent::start(&policy()).await;
@@ -583,32 +468,89 @@ async fn a_stopped_agent_leaves_no_socket_and_a_killed_ones_socket_is_taken_over
     assert!(!agent.socket().exists());
 }
 
+/// When an agent dies in the course of an issuance.
+#[derive(Debug, Clone, Copy)]
+enum Death {
+    /// So long after the request began to be sent.
+    After(Duration),
+    /// When the caller has read this stage; the agent is further by then.
+    At(v1::StageKind),
+    /// When the caller has read it all.
+    Afterwards,
+}
+
 #[tokio::test]
-async fn an_agent_killed_at_any_stage_hands_out_a_whole_certificate_or_none_and_starts_again() {
-    use v1::{StageKind, issue_certificate_response::Event};
+async fn whenever_an_agent_is_killed_its_caller_has_a_whole_certificate_or_none_and_the_ca_is_kept() {
+    use v1::StageKind::{Attested, Granted, Issued, Requested};
+    const STEPS: u32 = 32;
+    const STEP: Duration = Duration::from_micros(120);
     let mut agent = Agent::start(&policy()).await;
     let roots = agent.issue(ask("a.example.org")).await.unwrap().trust_bundle;
-    for last in [StageKind::Attested, StageKind::Granted, StageKind::Requested, StageKind::Issued] {
-        let request = v1::IssueCertificateRequest { request: Some(ask("a.example.org")) };
-        let mut answers = agent.client().await.issue_certificate(request).await.unwrap().into_inner();
-        let mut certificate = None;
-        loop {
-            match answers.message().await {
-                Ok(Some(v1::IssueCertificateResponse { event: Some(Event::Stage(stage)) })) if stage.kind() == last => {
-                    agent.kill();
-                }
-                Ok(Some(v1::IssueCertificateResponse { event: Some(Event::Certificate(whole)) })) => {
-                    certificate = Some(whole);
-                }
-                Ok(Some(_)) => {}
-                Ok(None) | Err(_) => break,
-            }
+    let deaths = (0..STEPS).map(|step| Death::After(STEP * step));
+    let deaths = deaths.chain([Attested, Granted, Requested, Issued].map(Death::At)).chain([Death::Afterwards]);
+    for (round, death) in deaths.enumerate() {
+        let certificate = issue_until(&mut agent, death).await;
+        match round as u32 {
+            0 => assert!(certificate.is_none(), "nothing had been sent"),
+            // All but the last two rounds end in the hands of the scheduler.
+            round if round > STEPS + 3 => assert!(certificate.is_some()),
+            _ => {}
         }
         if let Some(certificate) = certificate {
-            csrd::x509::Chain::from_pem(&certificate.certificate_chain).unwrap();
-            csrd::x509::PrivateKey::from_pem(&certificate.private_key).unwrap();
+            check_whole(&certificate, &roots);
         }
         agent.spawn().await;
-        assert_eq!(agent.issue(ask("a.example.org")).await.unwrap().trust_bundle, roots, "after {last:?}");
+        assert_eq!(agent.issue(ask("a.example.org")).await.unwrap().trust_bundle, roots, "{death:?}");
     }
+}
+
+/// Asks for a certificate of an agent that is killed; returns the certificate if it arrived.
+async fn issue_until(agent: &mut Agent, death: Death) -> Option<v1::Certificate> {
+    use v1::issue_certificate_response::Event;
+    const MAX_STAGES: usize = 8;
+    let mut client = agent.client().await;
+    let (tell, mut told) = tokio::sync::mpsc::channel(MAX_STAGES);
+    let mut call = JoinSet::new();
+    call.spawn(async move {
+        let request = v1::IssueCertificateRequest { request: Some(ask("a.example.org")) };
+        let mut answers = client.issue_certificate(request).await.ok()?.into_inner();
+        let mut certificate = None;
+        while let Ok(Some(answer)) = answers.message().await {
+            match answer.event.expect("no event is empty") {
+                Event::Stage(stage) => tell.try_send(stage.kind()).expect("each stage is sent once"),
+                Event::Certificate(whole) => certificate = Some(whole),
+            }
+        }
+        certificate
+    });
+    match death {
+        Death::After(delay) => {
+            // Timers are too coarse.
+            let began = tokio::time::Instant::now();
+            while began.elapsed() < delay {
+                tokio::task::yield_now().await;
+            }
+        }
+        Death::At(last) => while told.recv().await.expect("each stage is told") != last {},
+        Death::Afterwards => while told.recv().await.is_some() {},
+    }
+    agent.kill();
+    call.join_next().await.unwrap().unwrap()
+}
+
+/// Chain and key belong together and lead to the roots.
+fn check_whole(certificate: &v1::Certificate, roots: &[u8]) {
+    use csrd::x509::{Bundle, Chain, DnsName, Expected, Names, PrivateKey, Usage};
+    assert_eq!(certificate.trust_bundle, roots);
+    let key = PrivateKey::from_pem(&certificate.private_key).unwrap();
+    let names = Names { dns: vec![DnsName::parse("a.example.org").unwrap()], ..Names::default() };
+    let expected = Expected {
+        names: &names,
+        usages: [Usage::DigitalSignature, Usage::ServerAuth, Usage::ClientAuth].into_iter().collect(),
+        public_key: key.public_key(),
+        lifetime: Duration::from_secs(3600),
+        now: csrd::clock::Clock::system().now(),
+    };
+    let chain = Chain::from_pem(&certificate.certificate_chain).unwrap();
+    chain.verify(&Bundle::from_pem(roots).unwrap(), &expected).unwrap();
 }

@@ -16,17 +16,24 @@ use std::{
     sync::Arc,
 };
 
+use base64::Engine as _;
 use csrd::{
     attest::{AttestError, Attestor, Caller, Capabilities, Peer, PeerStream, prepare_listener},
     metrics::Metrics,
 };
+use prost::Message as _;
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
     net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::UnixListener,
+    net::{UnixListener, UnixStream},
+};
+
+use crate::{
+    agent::{Agent, ask, follow, lasting, policy},
+    raw_h2::{DATA, END_HEADERS, END_STREAM, HEADERS, RawClient, field, frame, hello, indexed},
 };
 
 use crate::hostile_h2::Host;
@@ -98,6 +105,68 @@ async fn a_caller_that_execs_is_another_workload_on_the_same_connection() {
         assert_ne!(before, after);
         stream.write_all(b"still open").await.unwrap();
     }
+}
+
+#[tokio::test]
+async fn a_caller_that_execs_gets_nothing_more_on_the_stream_it_opened() {
+    let agent = Agent::start(&policy()).await;
+    let mut actor = Actor::start();
+    let meeting = agent.path("meeting");
+    let listener = StdListener::bind(&meeting).unwrap();
+    actor.tell(&format!("connect {}", agent.socket().display()));
+    actor.tell(&format!("pass {}", meeting.display()));
+    // Only to read what comes: bytes that we wrote would be refused.
+    let stream = receive(&listener.accept().unwrap().0);
+    stream.set_nonblocking(true).unwrap();
+    let mut client = RawClient::new(UnixStream::from_std(stream).unwrap());
+
+    let message = follow(lasting(2, ask("a.example.org"))).encode_to_vec();
+    let block = [
+        indexed(3),
+        indexed(6),
+        field(":path", "/csrd.v1.CertificateService/Subscribe"),
+        field(":authority", "localhost"),
+        field("te", "trailers"),
+        field("content-type", "application/grpc"),
+    ];
+    let prefix = [&[0][..], &(message.len() as u32).to_be_bytes()].concat();
+    let body = frame(DATA, END_STREAM, 1, &[prefix, message].concat());
+    let call = [hello(), frame(HEADERS, END_HEADERS, 1, &block.concat()), body].concat();
+    actor.tell(&format!("write-bytes {}", call.iter().map(u8::to_string).collect::<Vec<_>>().join(" ")));
+
+    let mut blocks = fluke_hpack::Decoder::new();
+    let mut pushed = 0;
+    let trailers = loop {
+        let frame = client.frame().await.expect("the stream ends before the connection does");
+        match frame.kind {
+            DATA => {
+                if pushed == 0 {
+                    actor.exec("cat");
+                    actor.echo();
+                }
+                pushed += 1;
+                // One may have been on its way during the exec.
+                assert!(pushed <= 2, "another program got a certificate");
+            }
+            HEADERS => {
+                let fields = blocks.decode(&frame.payload).unwrap();
+                if frame.flags & END_STREAM != 0 {
+                    break fields;
+                }
+            }
+            _ => {}
+        }
+    };
+    assert!(pushed > 0, "it got a certificate while it was itself");
+    let value = |name: &str| {
+        let field = trailers.iter().find(|(known, _)| known == name.as_bytes());
+        String::from_utf8(field.unwrap_or_else(|| panic!("no {name} in {trailers:?}")).1.clone()).unwrap()
+    };
+    // PERMISSION_DENIED is 7.
+    assert_eq!(value("grpc-status"), "7");
+    let details = base64::prelude::BASE64_STANDARD_NO_PAD.decode(value("grpc-status-details-bin")).unwrap();
+    let said = String::from_utf8_lossy(&details);
+    assert!(said.contains("PEER_CHANGED"), "{said}");
 }
 
 #[tokio::test]
@@ -389,6 +458,10 @@ async fn act(props: &mut Props, order: &str) -> String {
     match order {
         "connect" => props.stream = Some(StdStream::connect(rest).unwrap()),
         "write" => stream(props).write_all(rest.as_bytes()).unwrap(),
+        "write-bytes" => {
+            let bytes: Vec<u8> = words.iter().map(|word| word.parse().unwrap()).collect();
+            stream(props).write_all(&bytes).unwrap();
+        }
         "read" => return BufReader::new(stream(props)).lines().next().unwrap().unwrap(),
         "flood" => {
             let bytes: Vec<u8> = (0..words[0].parse::<usize>().unwrap()).map(|at| at as u8).collect();

@@ -6,6 +6,7 @@
 use std::{
     collections::VecDeque,
     path::{Path, PathBuf},
+    process::Command,
     sync::{Arc, Mutex},
     thread,
 };
@@ -22,16 +23,42 @@ use futures_util::{
     Stream, StreamExt as _,
     stream::{self, BoxStream},
 };
+use tempfile::TempDir;
 use tokio::sync::{broadcast, oneshot};
 use tokio_stream::wrappers::{BroadcastStream, UnixListenerStream};
 use tonic::{Code, Request, Response, Status, transport::Server};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 /// What one Subscribe call is answered with. After the last item the stream stays open and carries what is pushed.
-type Script = Vec<Result<SubscribeResponse, Status>>;
+pub(crate) type Script = Vec<Result<SubscribeResponse, Status>>;
 
 /// Events that may be pushed before a stream has read them.
 const PUSHED_AHEAD: usize = 1024;
+
+/// A folder in which commands of ours are run, with an agent's socket in it.
+pub(crate) struct Place {
+    dir: TempDir,
+    pub(crate) agent: FakeAgent,
+}
+
+impl Place {
+    /// `script` answers the first Subscribe.
+    pub(crate) fn new(script: Script) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let agent = FakeAgent::start(&dir.path().join("s"), [script]);
+        Self { dir, agent }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_csrd"));
+        command.args(arguments).env("CSRD_SOCKET", self.path("s")).current_dir(self.dir.path());
+        command
+    }
+}
 
 #[derive(Default)]
 struct Scripts {

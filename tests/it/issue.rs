@@ -1,37 +1,15 @@
 //! `csrd issue`, `whoami` and `status` as processes: outputs, modes, exit codes, and where a key may appear.
 
-use std::{
-    fs,
-    net::TcpListener,
-    os::unix::fs::PermissionsExt as _,
-    path::Path,
-    process::{Command, Output},
-};
+use std::{fs, net::TcpListener, os::unix::fs::PermissionsExt as _, path::Path, process::Output};
 
 use csrd::proto::v1::{
     self, IssueCertificateResponse, StageKind, certificate_request::Key, issue_certificate_response::Event,
 };
-use tempfile::TempDir;
 use tonic::{Code, Status};
 
-use crate::fake_agent::{FakeAgent, certificate, status};
-
-struct Place {
-    dir: TempDir,
-    agent: FakeAgent,
-}
+use crate::fake_agent::{Place, certificate, status};
 
 impl Place {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let agent = FakeAgent::start(&dir.path().join("s"), []);
-        Self { dir, agent }
-    }
-
-    fn path(&self) -> &Path {
-        self.dir.path()
-    }
-
     fn will_issue(&self) {
         let stage = v1::Stage {
             kind: StageKind::Granted.into(),
@@ -45,12 +23,6 @@ impl Place {
     fn will_refuse(&self, code: Code) {
         let refusal: Status = status(code, "SOME_REASON", "words");
         self.agent.will_issue(vec![Err(refusal)]);
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_csrd"));
-        command.args(arguments).env("CSRD_SOCKET", self.path().join("s")).current_dir(self.path());
-        command
     }
 
     fn run(&self, arguments: &[&str]) -> Output {
@@ -72,13 +44,13 @@ fn read(path: impl AsRef<Path>) -> (String, u32) {
 
 #[test]
 fn files_have_their_modes_and_the_key_is_nowhere_else() {
-    let place = Place::new();
+    let place = Place::new(vec![]);
     place.will_issue();
     let output = place.run(&["issue", "--dns", "web.example.org", "--dir", "tls", "-v"]);
     assert!(output.status.success(), "{output:?}");
-    assert_eq!(read(place.path().join("tls/tls.crt")), ("chain a\n".into(), 0o644));
-    assert_eq!(read(place.path().join("tls/tls.key")), ("key a\n".into(), 0o600));
-    assert_eq!(read(place.path().join("tls/ca.crt")), ("roots a\n".into(), 0o644));
+    assert_eq!(read(place.path("tls/tls.crt")), ("chain a\n".into(), 0o644));
+    assert_eq!(read(place.path("tls/tls.key")), ("key a\n".into(), 0o600));
+    assert_eq!(read(place.path("tls/ca.crt")), ("roots a\n".into(), 0o644));
     assert_eq!(stdout(&output), "");
     let shown = stderr(&output);
     assert!(shown.starts_with("     0.41 ms  granted    policy \\u{1b}[1mweb\n"), "{shown}");
@@ -87,12 +59,12 @@ fn files_have_their_modes_and_the_key_is_nowhere_else() {
     place.will_issue();
     let output = place.run(&["issue", "--combined", "both.pem"]);
     assert!(output.status.success() && output.stdout.is_empty() && output.stderr.is_empty(), "{output:?}");
-    assert_eq!(read(place.path().join("both.pem")), ("key a\nchain a\n".into(), 0o600));
+    assert_eq!(read(place.path("both.pem")), ("key a\nchain a\n".into(), 0o600));
 }
 
 #[test]
 fn stdout_carries_what_was_asked_for_by_name() {
-    let place = Place::new();
+    let place = Place::new(vec![]);
     let issue = |arguments: &[&str]| {
         place.will_issue();
         let output = place.run(&[&["issue"], arguments].concat());
@@ -104,13 +76,13 @@ fn stdout_carries_what_was_asked_for_by_name() {
     assert_eq!(issue(&["-o", "pem"]), "key a\nchain a\n");
     let secret = issue(&["-o", "secret", "--name", "web", "--namespace", "production"]);
     assert!(secret.contains("kind: Secret") && secret.contains("namespace: \"production\""), "{secret}");
-    let left = fs::read_dir(place.path()).unwrap().count();
+    let left = fs::read_dir(place.path("")).unwrap().count();
     assert_eq!(left, 1, "only the socket: nothing was written to disk");
 }
 
 #[test]
 fn the_request_is_what_the_flags_say() {
-    let place = Place::new();
+    let place = Place::new(vec![]);
     place.will_issue();
     let flags = "issue --cn web --org a --org b --dns x.example.org --ip 10.0.0.7 --uri spiffe://td/w --usage client-auth \
                  --lifetime 1h30m --key ed25519 --signer embedded --policy web -o pem";
@@ -132,7 +104,7 @@ fn the_request_is_what_the_flags_say() {
 
     let key = rcgen::KeyPair::generate().unwrap();
     let csr = rcgen::CertificateParams::new(["web.example.org".to_owned()]).unwrap().serialize_request(&key).unwrap();
-    fs::write(place.path().join("csr.pem"), csr.pem().unwrap()).unwrap();
+    fs::write(place.path("csr.pem"), csr.pem().unwrap()).unwrap();
     place.will_issue();
     let output = place.run(&["issue", "--csr", "csr.pem", "-o", "pem"]);
     assert!(output.status.success(), "{output:?}");
@@ -143,7 +115,7 @@ fn the_request_is_what_the_flags_say() {
 
 #[test]
 fn a_call_names_its_span_when_traces_are_sent() {
-    let place = Place::new();
+    let place = Place::new(vec![]);
     // A collector that takes connections and never answers.
     let collector = TcpListener::bind("127.0.0.1:0").unwrap();
     let endpoint = format!("http://{}", collector.local_addr().unwrap());
@@ -166,7 +138,7 @@ fn a_call_names_its_span_when_traces_are_sent() {
 #[test]
 fn an_end_has_its_exit_code() {
     fn check(refusal: Option<Code>, arguments: &[&str], code: i32, words: &str) {
-        let place = Place::new();
+        let place = Place::new(vec![]);
         if let Some(refusal) = refusal {
             place.will_refuse(refusal);
         }
@@ -200,7 +172,7 @@ fn an_end_has_its_exit_code() {
 
 #[test]
 fn whoami_prints_plain_columns_into_a_pipe_and_json_when_told() {
-    let place = Place::new();
+    let place = Place::new(vec![]);
     let output = place.run(&["whoami"]);
     assert!(output.status.success(), "{output:?}");
     assert!(stdout(&output).starts_with("FACT      VALUE\nunix.uid  1000\n"), "{output:?}");

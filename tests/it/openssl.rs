@@ -93,9 +93,9 @@ async fn handshake(server: &Watched, client: &Watched) -> String {
     };
     let mut serving = Command::new("openssl");
     serving.args(["s_server", "-accept", &port.to_string(), "-Verify", "2", "-verify_return_error"]);
-    // A server that reads the end of its stdin hangs up; a pipe that is kept open has none.
-    let serving = serving.args(files(server)).stdin(Stdio::piped());
-    let mut serving = serving.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    // It ends when its stdin does, so that stays open.
+    serving.args(files(server)).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut serving = serving.spawn().unwrap();
     let address = format!("127.0.0.1:{port}");
     let mut arguments: Vec<String> = ["s_client", "-connect", &address].map(str::to_owned).into();
     arguments.extend(files(client));

@@ -42,13 +42,13 @@ const TOKEN: &str = "eyJ0b2tlbg";
 type Export = (HeaderMap, ExportTraceServiceRequest);
 
 /// An OTLP receiver on a port of its own.
-struct Collector {
-    address: SocketAddr,
+pub(crate) struct Collector {
+    pub(crate) address: SocketAddr,
     exports: mpsc::UnboundedReceiver<Export>,
 }
 
 impl Collector {
-    async fn grpc() -> Self {
+    pub(crate) async fn grpc() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (received, exports) = mpsc::unbounded_channel();
@@ -57,7 +57,7 @@ impl Collector {
         Self { address, exports }
     }
 
-    async fn http(status: StatusCode) -> Self {
+    pub(crate) async fn http(status: StatusCode) -> Self {
         Self::http_on(TcpListener::bind("127.0.0.1:0").await.unwrap(), status)
     }
 
@@ -91,17 +91,19 @@ impl Collector {
 
     /// Waits until as many spans have come, whatever their batches.
     async fn spans(&mut self, count: usize) -> Received {
+        self.until(|received| received.spans.len() >= count).await
+    }
+
+    /// Waits until what has come is enough.
+    pub(crate) async fn until(&mut self, enough: impl Fn(&Received) -> bool) -> Received {
         let mut received = Received::default();
-        while received.spans.len() < count {
-            let (headers, export) = self.export().await;
-            received.bytes.extend(export.encode_to_vec());
-            received.headers = headers;
-            for resource in export.resource_spans {
-                received.resource = attributes(&resource.resource.unwrap().attributes);
-                let spans = resource.scope_spans.into_iter().flat_map(|scope| scope.spans);
-                received.spans.extend(spans.map(|span| (span.name.clone(), span)));
+        let collected = async {
+            while !enough(&received) {
+                let (headers, export) = self.export().await;
+                received.add(headers, export);
             }
-        }
+        };
+        timeout(PATIENCE, collected).await.unwrap_or_else(|_| panic!("not enough in {:#?}", received.all));
         received
     }
 }
@@ -121,11 +123,25 @@ impl TraceService for Receiver {
 }
 
 #[derive(Default)]
-struct Received {
+pub(crate) struct Received {
     headers: HeaderMap,
     resource: HashMap<String, String>,
+    /// By name; of several with one name, the last.
     spans: HashMap<String, Span>,
-    bytes: Vec<u8>,
+    pub(crate) all: Vec<Span>,
+    pub(crate) bytes: Vec<u8>,
+}
+
+impl Received {
+    fn add(&mut self, headers: HeaderMap, export: ExportTraceServiceRequest) {
+        self.bytes.extend(export.encode_to_vec());
+        self.headers = headers;
+        for resource in export.resource_spans {
+            self.resource = attributes(&resource.resource.unwrap().attributes);
+            self.all.extend(resource.scope_spans.into_iter().flat_map(|scope| scope.spans));
+        }
+        self.spans = self.all.iter().map(|span| (span.name.clone(), span.clone())).collect();
+    }
 }
 
 fn attributes(list: &[KeyValue]) -> HashMap<String, String> {
@@ -274,12 +290,12 @@ async fn check_a_trace(mut collector: Collector, protocol: &str) {
 }
 
 #[tokio::test]
-async fn an_issuance_is_one_trace_under_its_caller_and_a_renewal_is_linked_to_it_over_grpc() {
+async fn the_spans_of_a_call_are_one_trace_under_its_caller_and_a_renewals_are_linked_to_it_over_grpc() {
     check_a_trace(Collector::grpc().await, "grpc").await;
 }
 
 #[tokio::test]
-async fn an_issuance_is_one_trace_under_its_caller_and_a_renewal_is_linked_to_it_over_http() {
+async fn the_spans_of_a_call_are_one_trace_under_its_caller_and_a_renewals_are_linked_to_it_over_http() {
     check_a_trace(Collector::http(StatusCode::OK).await, "http/protobuf").await;
 }
 

@@ -4,43 +4,20 @@ use std::{
     fs,
     io::{BufRead as _, BufReader, Lines},
     os::unix::process::ExitStatusExt as _,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, ChildStderr, ChildStdout, Command, Stdio},
 };
 
-use csrd::proto::v1::{self, SubscribeResponse, subscribe_response::Event};
+use csrd::proto::v1::{self, subscribe_response::Event};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
-use tempfile::TempDir;
-use tonic::{Code, Status};
+use tonic::Code;
 
-use crate::fake_agent::{FakeAgent, current, event, renewed, status};
-
-struct Place {
-    dir: TempDir,
-    agent: FakeAgent,
-}
+use crate::fake_agent::{Place, current, event, renewed, status};
 
 impl Place {
-    fn new(script: Vec<Result<SubscribeResponse, Status>>) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let agent = FakeAgent::start(&dir.path().join("s"), [script]);
-        Self { dir, agent }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
     fn watch(&self, arguments: &[&str]) -> Watch {
-        let mut process = Command::new(env!("CARGO_BIN_EXE_csrd"))
-            .arg("watch")
-            .args(arguments)
-            .env("CSRD_SOCKET", self.path("s"))
-            .current_dir(self.dir.path())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut command = self.command(&[&["watch"], arguments].concat());
+        let mut process = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let stdout = BufReader::new(process.stdout.take().unwrap()).lines();
         let stderr = BufReader::new(process.stderr.take().unwrap()).lines();
         Watch { process, stdout, stderr }
@@ -201,7 +178,7 @@ fn the_process_of_a_pid_file_is_signalled_after_each_change() {
     let place = Place::new(vec![Ok(current("c1", 1, "a"))]);
     let script = "trap 'cat both.pem' USR1; echo $$ > pid; echo ready; while :; do sleep 0.02; done";
     let mut reader =
-        Command::new("sh").args(["-c", script]).current_dir(place.dir.path()).stdout(Stdio::piped()).spawn().unwrap();
+        Command::new("sh").args(["-c", script]).current_dir(place.path("")).stdout(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(reader.stdout.take().unwrap()).lines();
     find(&mut lines, "ready");
     let mut watch = place.watch(&["--combined", "both.pem", "--pid-file", "pid", "--signal", "USR1"]);

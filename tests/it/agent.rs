@@ -158,7 +158,7 @@ impl Agent {
     }
 
     /// A command of ours as `uid`.
-    pub(crate) fn command(&self, uid: Option<u32>, arguments: &[&str]) -> Output {
+    fn command(&self, uid: Option<u32>, arguments: &[&str]) -> Output {
         self.as_user(uid).args(arguments).output().unwrap()
     }
 
@@ -216,7 +216,7 @@ pub(crate) fn policy() -> String {
     policy_for(&[uid()])
 }
 
-pub(crate) fn uid() -> u32 {
+fn uid() -> u32 {
     rustix::process::geteuid().as_raw()
 }
 

@@ -45,7 +45,7 @@ async fn a_socket_that_cannot_be_had_is_named_with_the_reason() {
     check(&agent, &agent.socket(), &[], FAILED, &["is in use by another process"]);
     fs::create_dir(agent.path("folder")).unwrap();
     check(&agent, &agent.path("folder"), &[], FAILED, &["is no socket"]);
-    check(&agent, &agent.path(&"x".repeat(108)), &[], USAGE, &["107 bytes"]);
+    check(&agent, &agent.path(&"x".repeat(108)), &[], USAGE, &["at most 107"]);
     check(&agent, &agent.path("nowhere/s"), &[], FAILED, &["cannot listen on"]);
 }
 

@@ -54,7 +54,6 @@
 //! | `x509` | `spiffe` |
 //! | `attest::workload` | nothing of ours |
 //! | `policy` | `x509`, `attest::workload` |
-//! | `telemetry` | nothing of ours |
 //! | `attest` | `clock` |
 //! | `policy::watch` | `policy`, `files`, `metrics` |
 //! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `metrics` |

@@ -12,7 +12,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     std::fs::write(out.join("descriptors.bin"), compiler.encode_file_descriptor_set())?;
     let files = prost_types::FileDescriptorSet::decode(compiler.encode_file_descriptor_set().as_slice())?;
     // `bytes::Bytes` fields: a certificate is encoded once and shared by every subscriber.
-    tonic_prost_build::configure().bytes(".").compile_fds(files)?;
+    tonic_prost_build::configure().codec_path("crate::proto::SmallBuffers").bytes(".").compile_fds(files)?;
     println!("cargo:rerun-if-changed=proto");
     Ok(())
 }

@@ -48,6 +48,8 @@ mod workload;
 const FACTS_FRESH_FOR: Duration = Duration::from_secs(1);
 /// Readings of a process that changes under them before it is refused.
 const READ_ATTEMPTS: usize = 5;
+/// Supplementary groups that a caller may be in; Linux allows 65536, which would take milliseconds to read each time.
+pub const MAX_GROUPS: usize = 1024;
 /// What stands for every id that has no number in a user namespace (`/proc/sys/kernel/overflowuid`, by default).
 const OVERFLOW_ID: u32 = 65534;
 
@@ -141,13 +143,17 @@ impl Attestor {
         if !peer.capabilities().all_users && (status.uid == OVERFLOW_ID || status.gid == OVERFLOW_ID) {
             return Err(AttestError::ForeignUserNamespace);
         }
+        if status.groups.len() > MAX_GROUPS {
+            return Err(AttestError::TooManyGroups { count: status.groups.len() });
+        }
         let text = handle.cgroup().map_err(gone_or("/proc/PID/cgroup"))?;
         let cgroup = cgroup::path(&text)?;
         let cgroup = cgroup.filter(|_| peer.capabilities().host_cgroups);
         let (mut path, mut sha256) = (None, None);
         if let Some(file) = seen.executable {
             path = self.executables.path(handle, file, status.uid).await.map_err(gone_or("the executable's path"))?;
-            if hashed {
+            // Only of a file that lies on our own mounts: what a user mounts may hold one content for us and another for him.
+            if hashed && path.is_some() {
                 sha256 = self.executables.sha256(handle, file, status.uid).await.map_err(gone_or("the executable"))?;
             }
         }
@@ -270,6 +276,12 @@ pub enum AttestError {
         /// Path in another.
         other: String,
     },
+    /// More groups than [`MAX_GROUPS`].
+    #[error("the caller is in {count} groups, at most {MAX_GROUPS} are examined")]
+    TooManyGroups {
+        /// How many.
+        count: usize,
+    },
     /// Something could not be read.
     #[error("cannot read {what} of the calling process")]
     Unreadable {
@@ -292,6 +304,7 @@ impl AttestError {
             Self::ForeignUserNamespace => "PEER_FOREIGN_USER_NAMESPACE",
             Self::SocketPassed { .. } => "PEER_SOCKET_PASSED",
             Self::CgroupsDisagree { .. } => "PEER_CGROUPS_DISAGREE",
+            Self::TooManyGroups { .. } => "PEER_TOO_MANY_GROUPS",
             Self::Unreadable { .. } => "ATTEST_UNREADABLE",
         }
     }
@@ -526,6 +539,7 @@ mod tests {
             AttestError::ForeignUserNamespace,
             AttestError::SocketPassed { peer: 7, writer: 8 },
             AttestError::CgroupsDisagree { one: "/a".to_owned(), other: "/b".to_owned() },
+            AttestError::TooManyGroups { count: 1025 },
             AttestError::Unreadable { what: "/proc/PID/status", source },
         ];
         let lines = errors.map(|error| format!("{} {}: {error}", error.reason(), error.is_transient()));
@@ -538,6 +552,7 @@ mod tests {
         PEER_FOREIGN_USER_NAMESPACE false: the caller's user or group has no id in this agent's user namespace; run the agent in the host's
         PEER_SOCKET_PASSED false: process 8 wrote to a connection of process 7; each process must connect for itself
         PEER_CGROUPS_DISAGREE false: the caller is in cgroup "/a" of one hierarchy and "/b" of another; which of them counts is not known
+        PEER_TOO_MANY_GROUPS false: the caller is in 1025 groups, at most 1024 are examined
         ATTEST_UNREADABLE true: cannot read /proc/PID/status of the calling process
         "#);
     }

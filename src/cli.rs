@@ -167,10 +167,13 @@ pub fn forbid_core_dumps() {
 
 /// Lets the agent have as many descriptors as it is allowed: a connection takes three, of which the soft limit that most
 /// hosts set (1024) would allow 340.
-fn raise_descriptor_limit() {
+///
+/// Returns that many.
+fn raise_descriptor_limit() -> usize {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     // Raising a soft limit to its hard limit cannot fail (setrlimit(2)).
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+    getrlimit(Resource::Nofile).current.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX))
 }
 
 /// Keeps the kernel from giving the agent 2 MiB pages unasked, where it is set to: an idle agent would fill a few of them.

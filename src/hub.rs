@@ -297,7 +297,7 @@ impl Hub {
     fn insert(&self, state: &mut State, entry: Entry) -> Result<Subscription, HubError> {
         self.signer(&entry.grant)?;
         let rx = entry.snapshot.subscribe();
-        let id = state.insert(entry, self.0.clock.now())?;
+        let id = state.insert(entry)?;
         state.enqueue(id, Turn::AskedNow);
         self.publish_gauges(state);
         Ok(Subscription::new(self.clone(), id, rx))
@@ -318,12 +318,13 @@ impl Hub {
             .map_err(|retry_after| HubError::RateLimited { retry_after })
     }
 
-    /// Whether the entry's owner is `workload`, or policy would grant `workload` the same certificate.
+    /// Whether the entry's owner is `workload`, or is what is left of it and policy still grants it the same certificate.
     fn may_have(&self, id: u128, workload: &Workload) -> bool {
         let state = self.lock();
         state.entries.get(&id).is_some_and(|entry| {
             let same = |grant| state::same_certificate(&grant, &entry.grant);
-            *entry.workload == *workload || policy::decide(&self.policies(), workload, &entry.ask).is_ok_and(same)
+            let granted = || policy::decide(&self.policies(), workload, &entry.ask).is_ok_and(same);
+            *entry.workload == *workload || (workload.has_only_lost_facts_of(&entry.workload) && granted())
         })
     }
 

@@ -12,3 +12,37 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descrip
 
 /// `google.rpc.ErrorInfo.domain` of every reason that the agent gives.
 pub const ERROR_DOMAIN: &str = "csrd.dev";
+
+/// The codec of our services: prost's, with buffers of the size of our messages, since each open stream keeps one.
+#[derive(Clone, Copy, Debug)]
+pub struct SmallBuffers<T, U>(std::marker::PhantomData<(T, U)>);
+
+/// Bytes of a stream's buffer; a longer message grows it while it is written.
+const BUFFER_BYTES: usize = 512;
+/// Bytes of encoded messages after which they are sent.
+const YIELD_BYTES: usize = 32 * 1024;
+
+impl<T, U> Default for SmallBuffers<T, U> {
+    fn default() -> Self {
+        Self(std::marker::PhantomData)
+    }
+}
+
+impl<T, U> tonic::codec::Codec for SmallBuffers<T, U>
+where
+    T: prost::Message + Send + 'static,
+    U: prost::Message + Default + Send + 'static,
+{
+    type Encode = T;
+    type Decode = U;
+    type Encoder = <tonic_prost::ProstCodec<T, U> as tonic::codec::Codec>::Encoder;
+    type Decoder = <tonic_prost::ProstCodec<T, U> as tonic::codec::Codec>::Decoder;
+
+    fn encoder(&mut self) -> Self::Encoder {
+        tonic_prost::ProstCodec::<T, U>::raw_encoder(tonic::codec::BufferSettings::new(BUFFER_BYTES, YIELD_BYTES))
+    }
+
+    fn decoder(&mut self) -> Self::Decoder {
+        tonic_prost::ProstCodec::<T, U>::raw_decoder(tonic::codec::BufferSettings::new(BUFFER_BYTES, YIELD_BYTES))
+    }
+}

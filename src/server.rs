@@ -16,7 +16,7 @@ pub mod stop;
 
 use std::{convert::Infallible, pin::pin, sync::Arc, time::Duration};
 
-use hyper::{Request, Response, body::Incoming, server::conn::http2, service::service_fn};
+use hyper::{HeaderMap, Request, Response, body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -26,7 +26,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::{Status, body::Body, service::Routes};
+use tonic::{Code, Status, body::Body, service::Routes};
 use tower::Service as _;
 use tower_http::timeout::TimeoutBody;
 
@@ -41,7 +41,7 @@ use crate::{
 
 use authority::AuthorityStream;
 pub use limits::Limits;
-use limits::{Place, Tally};
+use limits::{Place, Seat, Tally};
 use methods::Methods;
 use refusal::Refusal;
 
@@ -54,8 +54,8 @@ pub const MAX_HEADER_BYTES: u32 = 16 * 1024;
 pub const MAX_REQUEST_BYTES: usize = 256 * 1024;
 /// Bytes a client may send on one stream, or on all of a connection, before the agent has read them.
 pub const WINDOW_BYTES: u32 = 64 * 1024;
-/// Bytes hyper may hold for one stream that its client does not read.
-pub const MAX_UNSENT_BYTES: usize = 64 * 1024;
+/// Bytes hyper may hold for one stream that its client does not read; with every call of a principal, 32 MiB.
+pub const MAX_UNSENT_BYTES: usize = 8 * 1024;
 /// How long a new connection may take to its first whole request header.
 pub const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a request's message may stall.
@@ -161,20 +161,22 @@ impl Server {
                     Ok((stream, _)) => {
                         let peer = Peer::of(&stream, &self.attestor).map(Arc::new);
                         let principal = peer.as_ref().map_or(UNKNOWN, |peer| peer.uid().into());
-                        let Some(place) = self.tally.connection(principal) else {
+                        let Some(seat) = self.tally.connection(principal) else {
                             self.metrics.connection_refused(ConnectionRefused::TooMany);
                             continue;
                         };
                         let server = self.clone();
                         connections.spawn(async move {
-                            let _place = place;
                             let _counted = counted(&server.metrics.connections);
                             match peer {
                                 Ok(peer) => {
                                     let caller = Caller::Peer(peer.clone());
-                                    server.connection(PeerStream::new(stream, &peer), principal, Ok(caller)).await;
+                                    let served = server.connection(PeerStream::new(stream, &peer), principal, Ok(caller));
+                                    server.until_taken(&seat, served).await;
                                 }
-                                Err(error) => server.connection(stream, principal, Err(error)).await,
+                                Err(error) => {
+                                    server.until_taken(&seat, server.connection(stream, principal, Err(error))).await;
+                                }
                             }
                         });
                     }
@@ -189,6 +191,14 @@ impl Server {
         let all = async { while connections.join_next().await.is_some() {} };
         if timeout(stop::SERVER, all).await.is_err() {
             tracing::debug!("connections that did not close in time were dropped");
+        }
+    }
+
+    /// Serves a connection until it ends or somebody else needs its place more.
+    async fn until_taken(&self, seat: &Seat, connection: impl Future<Output = ()>) {
+        tokio::select! {
+            () = connection => {}
+            () = seat.taken() => self.metrics.connection_refused(ConnectionRefused::TooMany),
         }
     }
 
@@ -259,12 +269,12 @@ impl Server {
             // Routes are always ready.
             (self.routes.clone().call(request), open)
         });
-        let stop = self.stop.clone();
+        let (stop, charge) = (self.stop.clone(), Charge { tally: self.tally.clone(), principal: connection.principal });
         async move {
             let refusal = match answer {
                 Ok((answer, open)) => tokio::select! {
                     biased;
-                    answer = answer => return answer.map(|response| stop::bounded(response, &stop, open)),
+                    answer = answer => return answer.map(|response| stop::bounded(response, &stop, open, charge)),
                     () = stop::calls_given_up(&stop) => Refusal::stopping(),
                 },
                 Err(refusal) => refusal,
@@ -275,12 +285,35 @@ impl Server {
 
     /// Places for a call of `principal`: one while its request arrives, and one until it has been answered.
     fn admit(&self, principal: u64) -> Result<(Place, Place), Refusal> {
+        let wait = self.tally.wait(principal);
+        if !wait.is_zero() {
+            return Err(Refusal::too_many_refusals(wait));
+        }
         let limits = self.tally.limits();
         let arriving = self.tally.arriving(principal);
         let arriving = arriving.ok_or_else(|| Refusal::too_many_arriving(limits.arriving_per_principal))?;
         let open = self.tally.stream(principal);
         let open = open.ok_or_else(|| Refusal::too_many_streams(limits.streams_per_principal))?;
         Ok((arriving, open))
+    }
+}
+
+/// Counts the refusals among one principal's answers.
+struct Charge {
+    tally: Tally,
+    principal: u64,
+}
+
+impl Charge {
+    /// Looks at the end of an answer, in its headers or its trailers.
+    fn look(&self, headers: &HeaderMap) {
+        let refused = Status::from_header_map(headers).is_some_and(|status| {
+            use Code::{InvalidArgument, NotFound, OutOfRange, PermissionDenied, ResourceExhausted};
+            matches!(status.code(), InvalidArgument | NotFound | OutOfRange | PermissionDenied | ResourceExhausted)
+        });
+        if refused {
+            self.tally.refused(self.principal);
+        }
     }
 }
 

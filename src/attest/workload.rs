@@ -46,6 +46,24 @@ impl Workload {
         self.unix.uid.into()
     }
 
+    /// Whether this is `before` with some facts gone and none replaced: the same process, whose program's file has been
+    /// upgraded under it, or whose user has lost its name.
+    pub fn has_only_lost_facts_of(&self, before: &Self) -> bool {
+        fn kept_or_lost<T: PartialEq>(now: &Option<T>, before: &Option<T>) -> bool {
+            now.is_none() || now == before
+        }
+        let (now, before) = (&self.unix, &before.unix);
+        now.uid == before.uid
+            && now.gid == before.gid
+            && now.supplementary_gids == before.supplementary_gids
+            && kept_or_lost(&now.user, &before.user)
+            && kept_or_lost(&now.group, &before.group)
+            && kept_or_lost(&now.executable, &before.executable)
+            && kept_or_lost(&now.executable_sha256, &before.executable_sha256)
+            && kept_or_lost(&now.systemd_unit, &before.systemd_unit)
+            && kept_or_lost(&now.cgroup, &before.cgroup)
+    }
+
     /// Facts by the names that templates and `csrd whoami` use, with their text values.
     pub fn facts(&self) -> BTreeMap<&'static str, String> {
         let unix = &self.unix;

@@ -51,7 +51,7 @@ pub struct Args {
 /// Runs the agent until SIGTERM or SIGINT; a second one exits at once.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     super::forbid_tracing();
-    super::raise_descriptor_limit();
+    let descriptors = super::raise_descriptor_limit();
     super::forbid_huge_pages();
     let overrides =
         Overrides { socket: args.socket, state_dir: args.state_dir, policies: args.policies, admin: args.admin };
@@ -60,7 +60,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let stop = CancellationToken::new();
     // Before anything is bound: whoever sees the socket can already stop the agent in good order.
     let signals = Signals::catch().context("catching signals")?;
-    let parts = parts(config, stop.clone())?;
+    let parts = parts(config, descriptors, stop.clone())?;
     let bound = agent::build(parts).await?;
     tracing::info!(socket = %bound.socket.display(), admin = bound.admin.map(tracing::field::display), "ready");
     sd_notify::notify(&[sd_notify::NotifyState::Ready]).context("telling systemd that the agent is ready")?;
@@ -76,7 +76,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
 }
 
 /// What a configured agent is made of.
-fn parts(config: Config, stop: CancellationToken) -> anyhow::Result<Parts> {
+fn parts(config: Config, descriptors: usize, stop: CancellationToken) -> anyhow::Result<Parts> {
     let (clock, metrics, readiness) = (Clock::system(), Metrics::new(), Readiness::new());
     let policies = PolicyFiles::load(config.policies, metrics.clone()).map_err(UsageError::of)?;
     let signer = Arc::new(Embedded::open(config.ca, &clock, metrics.signer(embedded::NAME))?);
@@ -88,7 +88,7 @@ fn parts(config: Config, stop: CancellationToken) -> anyhow::Result<Parts> {
         signers: vec![signer.clone() as Arc<dyn Sign>],
         signer_rate: config.limits.all.into(),
         principal_rate: config.limits.per_workload.into(),
-        limits: Limits::default(),
+        limits: Limits::for_descriptors(descriptors),
         seed: rand::random(),
         metrics,
         readiness,

@@ -32,7 +32,7 @@ pub(super) struct State {
     /// Entries by the moment at which they need a look.
     due: BTreeSet<(SystemTime, u128)>,
     /// Entries without followers, by principal and since when.
-    idle: BTreeSet<(u64, SystemTime, u128)>,
+    idle: HashMap<u64, BTreeSet<(SystemTime, u128)>>,
     /// Ends of the certificates in force.
     expiries: BTreeSet<(SystemTime, u128)>,
     /// Entries of each principal.
@@ -61,7 +61,7 @@ impl State {
             queue,
             shared: HashMap::new(),
             due: BTreeSet::new(),
-            idle: BTreeSet::new(),
+            idle: HashMap::new(),
             expiries: BTreeSet::new(),
             held: HashMap::new(),
             sequence: 0,
@@ -75,12 +75,11 @@ impl State {
     }
 
     /// Takes in a new entry under a random id, within the bounds on entries.
-    pub(super) fn insert(&mut self, entry: Entry, now: SystemTime) -> Result<u128, HubError> {
+    pub(super) fn insert(&mut self, entry: Entry) -> Result<u128, HubError> {
         let principal = entry.workload.principal();
-        let of_principal = (principal, SystemTime::UNIX_EPOCH, 0)..(principal, now + LINGER, u128::MAX);
-        if self.idle.range(of_principal.clone()).nth(MAX_IDLE_PER_PRINCIPAL - 1).is_some() {
-            let longest_idle = self.idle.range(of_principal).next().map(|(_, _, id)| *id);
-            longest_idle.into_iter().for_each(|id| self.forget(id));
+        let idle = self.idle.get(&principal).filter(|idle| idle.len() >= MAX_IDLE_PER_PRINCIPAL);
+        if let Some(&(_, longest_idle)) = idle.and_then(BTreeSet::first) {
+            self.forget(longest_idle);
         }
         let count = self.held.get(&principal).copied().unwrap_or(0);
         if count >= MAX_ENTRIES_PER_PRINCIPAL {
@@ -99,6 +98,16 @@ impl State {
         Ok(id)
     }
 
+    /// An entry that was idle since then is so no more.
+    fn idle_ended(&mut self, principal: u64, since: SystemTime, id: u128) {
+        if let Some(idle) = self.idle.get_mut(&principal) {
+            idle.remove(&(since, id));
+            if idle.is_empty() {
+                self.idle.remove(&principal);
+            }
+        }
+    }
+
     /// Drops an entry without a last word; for entries that nobody follows.
     fn forget(&mut self, id: u128) {
         let Some(entry) = self.entries.remove(&id) else { return };
@@ -110,7 +119,7 @@ impl State {
             self.due.remove(&(due, id));
         }
         if let Some(since) = entry.idle_since {
-            self.idle.remove(&(principal, since, id));
+            self.idle_ended(principal, since, id);
         }
         if let Flight::Queued(turn, rank) = entry.flight {
             self.queue.remove(principal, turn, rank);
@@ -138,7 +147,8 @@ impl State {
     pub(super) fn followed(&mut self, id: u128, now: SystemTime) {
         let Some(entry) = self.entries.get_mut(&id) else { return };
         if let Some(since) = entry.idle_since.take() {
-            self.idle.remove(&(entry.workload.principal(), since, id));
+            let principal = entry.workload.principal();
+            self.idle_ended(principal, since, id);
             self.reschedule(id, now);
         }
     }
@@ -148,7 +158,7 @@ impl State {
         let Some(entry) = self.entries.get_mut(&id) else { return };
         if entry.snapshot.receiver_count() <= 1 && entry.idle_since.is_none() {
             entry.idle_since = Some(now);
-            self.idle.insert((entry.workload.principal(), now, id));
+            self.idle.entry(entry.workload.principal()).or_default().insert((now, id));
             self.reschedule(id, now);
         }
     }

@@ -80,10 +80,11 @@ impl Subscription {
         format!("{:032x}", self.id)
     }
 
-    /// Whether `workload` may be given this credential: it is its owner's, or policy grants `workload` the same one.
+    /// Whether `workload` may be given this credential: it is the owner, or the owner less some facts, to whom policy still
+    /// grants the same.
     ///
-    /// A process becomes another workload when it executes another program, and also when its program's file is replaced
-    /// by an upgrade; only the first may cost it its certificate, and only where a policy looks at programs.
+    /// A process that executes another program is another workload. One whose program's file is replaced by an upgrade only
+    /// loses a fact, and may lose its certificate where a policy looks at that fact.
     pub fn is_for(&self, workload: &Workload) -> bool {
         self.hub.may_have(self.id, workload)
     }

@@ -1,13 +1,14 @@
 //! `csrd.v1.CertificateService`: who calls, what it asks for, and the streams that answer.
 //!
-//! Before a certificate or any other event of it is sent, the process behind the stream is looked at again: one that has
-//! become something else gets nothing more. `WatchTrustBundle` looks once, at its start: roots are public.
+//! Before a certificate is sent, the process behind the stream is looked at again: one that has become something to which
+//! policy grants another certificate, or none, gets nothing more. `WatchTrustBundle` looks once, at its start: roots are public.
 
 mod issue;
 mod subscribe;
 
-use std::{pin::Pin, sync::Arc};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
+use tokio::time::Instant;
 use tokio_stream::{Stream, StreamExt as _, wrappers::WatchStream};
 use tonic::{Code, Request, Response, Status};
 use tracing::Instrument as _;
@@ -17,7 +18,10 @@ use super::{
     refusal::{Refusal, SIGNER_UNKNOWN_CODE},
     stop,
 };
-use crate::{attest::Workload, metrics::counted, policy, proto::v1, telemetry};
+use crate::{attest::Workload, hub::Subscription, metrics::counted, policy, proto::v1, telemetry};
+
+/// How long a caller's proof serves without another look: an answer that is at hand is not worth a second one.
+const PROOF_HOLDS_FOR: Duration = Duration::from_millis(1);
 
 /// The service.
 pub(super) struct Issuance {
@@ -29,6 +33,7 @@ struct Call {
     engine: Arc<Engine>,
     connection: Arc<Connection>,
     workload: Arc<Workload>,
+    proven: Instant,
     span: tracing::Span,
 }
 
@@ -46,15 +51,18 @@ impl Issuance {
         let attested = connection.workload(&self.engine);
         let attested = attested.instrument(tracing::debug_span!(parent: &span, "attest")).await;
         let workload = attested.map_err(|status| ended(&span, status))?;
-        Ok(Call { engine: self.engine.clone(), connection, workload, span })
+        Ok(Call { engine: self.engine.clone(), connection, workload, proven: Instant::now(), span })
     }
 }
 
 impl Call {
-    /// Whether the process behind the call is still the workload that it was at the start.
-    async fn check_unchanged(&self) -> Result<(), Refusal> {
+    /// Whether the process behind the call may be given this credential now.
+    async fn check_still(&self, subscription: &Subscription) -> Result<(), Refusal> {
+        if self.proven.elapsed() < PROOF_HOLDS_FOR {
+            return Ok(());
+        }
         let now = self.connection.workload(&self.engine).await?;
-        if now == self.workload { Ok(()) } else { Err(Refusal::changed()) }
+        if now == self.workload || subscription.is_for(&now) { Ok(()) } else { Err(Refusal::changed()) }
     }
 }
 

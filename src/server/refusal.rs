@@ -12,10 +12,11 @@
 //! | `CERTIFICATE_UNKNOWN` | NOT_FOUND | subscribe with a request; ids do not outlive the agent |
 //! | `SIGNER_UNKNOWN` | FAILED_PRECONDITION | name a signer that the agent has; if it was a policy, correct the policy |
 //! | `NO_POLICY_MATCHES`, `POLICY_DENIED`, `NAME_NOT_ALLOWED`, `USAGE_NOT_ALLOWED`, `KEY_NOT_ALLOWED`, `LIFETIME_NOT_ALLOWED`, `SIGNER_NOT_ALLOWED`, `RULE_NOT_MET`, `NOTHING_OFFERED` | PERMISSION_DENIED | ask for what `csrd whoami` lists, or change the policy |
-//! | `PEER_EXITED`, `PEER_PID_REUSED`, `PEER_IDS_CHANGED`, `PEER_CHANGED`, `PEER_SOCKET_PASSED` | PERMISSION_DENIED | connect again, from the process that calls; a socket cannot be passed on |
+//! | `PEER_EXITED`, `PEER_PID_REUSED`, `PEER_IDS_CHANGED`, `PEER_SOCKET_PASSED` | PERMISSION_DENIED | connect again, from the process that calls; a socket cannot be passed on |
 //! | `PEER_FOREIGN_PID_NAMESPACE`, `PEER_FOREIGN_USER_NAMESPACE`, `PEER_CGROUPS_DISAGREE` | PERMISSION_DENIED | run agent and caller where one kernel view tells of both |
-//! | `PEER_KEEPS_CHANGING`, `ATTEST_UNREADABLE` | UNAVAILABLE | call again |
-//! | `RATE_LIMITED`, `TOO_MANY_REQUESTS` | RESOURCE_EXHAUSTED | call more slowly |
+//! | `PEER_TOO_MANY_GROUPS` | PERMISSION_DENIED | run the caller in fewer groups |
+//! | `PEER_CHANGED`, `PEER_KEEPS_CHANGING`, `ATTEST_UNREADABLE` | UNAVAILABLE | call again |
+//! | `RATE_LIMITED`, `TOO_MANY_REQUESTS`, `TOO_MANY_REFUSALS` | RESOURCE_EXHAUSTED | call more slowly |
 //! | `TOO_MANY_STREAMS`, `TOO_MANY_CREDENTIALS` | RESOURCE_EXHAUSTED | close streams that are not needed |
 //! | `CA_NOT_VALID`, `CA_KEY_UNUSABLE` | UNAVAILABLE | call again; the operator replaces the CA or corrects the clock |
 //! | `SIGNER_TIMEOUT`, `KEY_NOT_MADE`, `INTERRUPTED`, `AGENT_STOPPING` | UNAVAILABLE | call again |
@@ -24,7 +25,7 @@
 //! | `SIGNER_MALFORMED_CERTIFICATE`, `KEY_ALGORITHM_NOT_GRANTED`, `USAGES_INCOMPLETE` | INTERNAL | signer or policy are at fault: see the message |
 //! | `ISSUANCE_LOST` | INTERNAL | report it: the agent's log has the details |
 
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Duration};
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
@@ -58,10 +59,11 @@ impl Refusal {
         Self::new(Code::Unavailable, "AGENT_STOPPING", "the agent is stopping; call again")
     }
 
-    /// The process behind an open stream is no longer the workload that opened it.
+    /// The process behind an open stream has become something that policy does not grant the same. It may come back, to
+    /// be judged as what it is now.
     pub(super) fn changed() -> Self {
-        let message = "the process behind this stream is no longer the workload that opened it; connect again";
-        Self::new(Code::PermissionDenied, "PEER_CHANGED", message)
+        let message = "the process behind this stream is no longer what it was when it opened it; connect again";
+        Self::new(Code::Unavailable, "PEER_CHANGED", message)
     }
 
     /// The principal has as many requests on their way as it may.
@@ -69,6 +71,13 @@ impl Refusal {
         let message =
             format!("requests: {max} of this workload's user are arriving, at most {max} allowed; send fewer at once");
         Self::new(Code::ResourceExhausted, "TOO_MANY_REQUESTS", message)
+    }
+
+    /// The principal has been refused so often that it has to wait.
+    pub(super) fn too_many_refusals(wait: Duration) -> Self {
+        let seconds = wait.as_secs_f32();
+        let message = format!("too many calls of this workload's user were refused; try again in {seconds:.1} s");
+        Self::new(Code::ResourceExhausted, "TOO_MANY_REFUSALS", message)
     }
 
     /// The principal has as many streams open as it may.

@@ -17,7 +17,7 @@ use tokio::time::sleep;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{Status, body::Body};
 
-use super::{limits::Place, refusal::Refusal};
+use super::{Charge, limits::Place, refusal::Refusal};
 use crate::hub;
 
 /// How long a call under way may go on; the hub lets issuances land for longer, [`hub::STOP_GRACE`].
@@ -51,14 +51,21 @@ struct Answer {
     /// `None` for an answer that ends itself.
     stop: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
     stopped: bool,
+    charge: Charge,
     _place: Place,
 }
 
 /// `response`, of which every message, and the end, comes before the stop; it holds `place` until it is gone.
-pub(super) fn bounded(response: Response<Body>, stop: &CancellationToken, place: Place) -> Response<Body> {
+pub(super) fn bounded(
+    response: Response<Body>,
+    stop: &CancellationToken,
+    place: Place,
+    charge: Charge,
+) -> Response<Body> {
+    charge.look(response.headers());
     let ends_itself = response.extensions().get::<EndsItself>().is_some();
     let stop = (!ends_itself).then(|| Box::pin(stop.clone().cancelled_owned()));
-    response.map(|body| Body::new(Answer { body, stop, stopped: false, _place: place }))
+    response.map(|body| Body::new(Answer { body, stop, stopped: false, charge, _place: place }))
 }
 
 impl http_body::Body for Answer {
@@ -71,6 +78,11 @@ impl http_body::Body for Answer {
         }
         // First, so that what is there, and the service's own end, goes out.
         if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) {
+            if let Some(Ok(frame)) = &frame
+                && let Some(trailers) = frame.trailers_ref()
+            {
+                self.charge.look(trailers);
+            }
             return Poll::Ready(frame);
         }
         let Some(stop) = &mut self.stop else { return Poll::Pending };

@@ -331,6 +331,16 @@ pub enum EmbeddedError {
         /// Its mode.
         mode: u32,
     },
+    /// Somebody else's file or folder.
+    #[error("{} belongs to uid {owner}, who can change it; it must belong to root or to uid {ours}, as which csrd runs", path.display())]
+    Owner {
+        /// Its path.
+        path: PathBuf,
+        /// Whose it is.
+        owner: u32,
+        /// Who we are.
+        ours: u32,
+    },
     /// A folder, device or pipe where a file must be.
     #[error("{} is no regular file", path.display())]
     NoFile {

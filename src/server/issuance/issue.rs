@@ -10,7 +10,7 @@ use tracing::Instrument as _;
 
 use super::{Call, ended};
 use crate::{
-    hub::{Event, Held, HubError, Step},
+    hub::{Event, Held, HubError, Step, Subscription},
     policy::Ask,
     proto::v1::{self, StageKind, issue_certificate_response},
     server::{convert, refusal::Refusal, stop},
@@ -22,14 +22,20 @@ use crate::{
 const MAX_STAGES: usize = 8;
 
 /// The issuance itself.
-type Work = Pin<Box<dyn Future<Output = Result<v1::Certificate, HubError>> + Send>>;
+type Work = Pin<Box<dyn Future<Output = Result<Issued, HubError>> + Send>>;
+
+/// A certificate with the hold on its credential.
+struct Issued {
+    certificate: v1::Certificate,
+    subscription: Subscription,
+}
 
 struct State {
     call: Call,
     stages: mpsc::Receiver<v1::Stage>,
     /// `None` once it has ended.
     work: Option<Work>,
-    outcome: Option<Result<v1::Certificate, Refusal>>,
+    outcome: Option<Result<Issued, Refusal>>,
 }
 
 /// The answers to `call`.
@@ -55,7 +61,10 @@ pub(super) fn answers(
     let work = async move {
         let mut subscription = hub.issue(workload, ask, held, Arc::new(progress)).await?;
         match subscription.next().await {
-            Event::Certificate(_, live) => Ok(convert::certificate(&subscription.id(), &live)),
+            Event::Certificate(_, live) => {
+                let certificate = convert::certificate(&subscription.id(), &live);
+                Ok(Issued { certificate, subscription })
+            }
             Event::Ended(error) => Err(error),
             Event::Denied(_, denial) => Err(HubError::Denied(denial)),
             // A new credential's first event is its certificate.
@@ -73,20 +82,22 @@ pub(super) fn answers(
 /// The next answer; `None` after the last.
 async fn next(state: &mut State) -> Option<Result<v1::IssueCertificateResponse, Status>> {
     loop {
-        if let Ok(stage) = state.stages.try_recv() {
-            return Some(Ok(answer(issue_certificate_response::Event::Stage(stage))));
-        }
         if let Some(outcome) = state.outcome.take() {
+            if let Ok(stage) = state.stages.try_recv() {
+                state.outcome = Some(outcome);
+                return Some(Ok(answer(issue_certificate_response::Event::Stage(stage))));
+            }
             return Some(deliver(&state.call, outcome).await);
         }
         let work = state.work.as_mut()?;
         tokio::select! {
             biased;
-            Some(stage) = state.stages.recv() => return Some(Ok(answer(issue_certificate_response::Event::Stage(stage)))),
             outcome = work => {
                 state.work = None;
                 state.outcome = Some(outcome.map_err(|error| Refusal::from(&error)));
             }
+            // After the work, so that stages passed at one go are sent at one go.
+            Some(stage) = state.stages.recv() => return Some(Ok(answer(issue_certificate_response::Event::Stage(stage)))),
             () = stop::calls_given_up(&state.call.engine.stop) => {
                 state.work = None;
                 state.outcome = Some(Err(Refusal::stopping()));
@@ -96,13 +107,10 @@ async fn next(state: &mut State) -> Option<Result<v1::IssueCertificateResponse, 
 }
 
 /// Hands the certificate over, to the process that asked for it and no other.
-async fn deliver(
-    call: &Call,
-    outcome: Result<v1::Certificate, Refusal>,
-) -> Result<v1::IssueCertificateResponse, Status> {
+async fn deliver(call: &Call, outcome: Result<Issued, Refusal>) -> Result<v1::IssueCertificateResponse, Status> {
     let delivery = async {
-        let certificate = outcome?;
-        call.check_unchanged().await?;
+        let Issued { certificate, subscription } = outcome?;
+        call.check_still(&subscription).await?;
         Ok(answer(issue_certificate_response::Event::Certificate(certificate)))
     };
     let delivered = delivery.instrument(tracing::debug_span!(parent: &call.span, "deliver")).await;

@@ -88,7 +88,9 @@ async fn next(state: &mut State) -> Option<Result<v1::SubscribeResponse, Status>
 
 /// Turns an event into an answer for the process that opened the stream, and no other.
 async fn deliver(state: &mut State, event: Event) -> Result<v1::SubscribeResponse, Refusal> {
-    state.call.check_unchanged().await?;
+    if matches!(event, Event::Certificate(..)) {
+        state.call.check_still(&state.subscription).await?;
+    }
     let sequence = event.sequence().unwrap_or_default();
     let event = match event {
         Event::Certificate(_, live) => {

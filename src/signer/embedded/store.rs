@@ -48,10 +48,12 @@ impl Store {
         let failed = |action| move |source| EmbeddedError::Io { action, path: dir.to_owned(), source };
         DirBuilder::new().recursive(true).mode(DIR_MODE).create(dir).map_err(failed("create"))?;
         let handle = File::open(dir).map_err(failed("open"))?;
-        let mode = handle.metadata().map_err(failed("read"))?.mode();
+        let metadata = handle.metadata().map_err(failed("read"))?;
+        let mode = metadata.mode();
         if mode & OTHERS_WRITE != 0 {
             return Err(EmbeddedError::FolderMode { path: dir.to_owned(), mode: mode & 0o7777 });
         }
+        check_owner(dir, &metadata)?;
         match flock(&handle, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => return Err(EmbeddedError::InUse { path: dir.to_owned() }),
@@ -138,11 +140,22 @@ impl Store {
 /// Reads a file with a private key, which nobody but its owner may read.
 pub(super) fn read_secret(path: &Path) -> Result<Zeroizing<Vec<u8>>, EmbeddedError> {
     let file = open(path)?;
-    let mode = file.metadata().map_err(|source| unreadable(path, source))?.mode();
+    let metadata = file.metadata().map_err(|source| unreadable(path, source))?;
+    let mode = metadata.mode();
     if mode & OTHERS != 0 {
         return Err(EmbeddedError::KeyMode { path: path.to_owned(), mode: mode & 0o7777 });
     }
+    check_owner(path, &metadata)?;
     read_open(path, file).map(Zeroizing::new)
+}
+
+/// What holds or leads to a key is ours or root's: its owner can read it and change it, whatever its mode says.
+fn check_owner(path: &Path, metadata: &std::fs::Metadata) -> Result<(), EmbeddedError> {
+    let (owner, ours) = (metadata.uid(), rustix::process::geteuid().as_raw());
+    if owner == ours || owner == 0 {
+        return Ok(());
+    }
+    Err(EmbeddedError::Owner { path: path.to_owned(), owner, ours })
 }
 
 /// Reads a file without secrets.

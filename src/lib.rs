@@ -23,7 +23,7 @@
 //! - No `Workload` is made outside `attest`, no `Grant` outside `policy`, no `Credential` outside `issue`. Tests have
 //!   constructors of their own, behind `cfg(any(test, feature = "testing"))`, which no release build has.
 //! - Nothing that signs takes a string: [`Sign::sign`](signer::Sign::sign) takes a grant.
-//! - Before anything is sent on a stream that carries a credential, the process behind it is looked at again.
+//! - Before a certificate is sent, the process behind the stream is looked at again, unless that was a moment ago.
 //! - Time is told by [`clock`] only, and the environment is read by [`config`] and [`cli`] only.
 //! - The runtime has one thread. A lock is held for a moment and never across an await; what blocks or computes for long
 //!   goes to a thread that may.

@@ -11,6 +11,7 @@
 #[allow(dead_code, unreachable_pub, reason = "shared with the integration tests, which use the rest")]
 mod raw_h2;
 
+mod authority;
 mod crypto;
 mod fetch;
 mod floor;
@@ -41,6 +42,9 @@ fn main() {
         }
         if wants("issuance") {
             fetch::issuance(&mut table).await;
+        }
+        if wants("adapter") {
+            authority::adapter(&mut table).await;
         }
         if wants("memory") {
             streams::idle_memory(&mut table).await;

@@ -27,8 +27,8 @@
 //! - Time is told by [`clock`] only, and the environment is read by [`config`] and [`cli`] only.
 //! - The runtime has one thread. A lock is held for a moment and never across an await; what blocks or computes for long
 //!   goes to a thread that may.
-//! - Whatever a caller can make grow has a bound, and every bound is a named constant, tested at the bound and one past
-//!   it. What is beyond it is refused, with a reason from the closed set in `server/refusal.rs`.
+//! - Whatever a caller can make grow has a bound, which is a named constant. What is beyond it is refused, with a reason
+//!   from the closed set in `server/refusal.rs`, or by the protocol's own error where the HTTP/2 stack judges it.
 //! - Secrets have no `Debug` that shows them, are wiped when dropped, and are in no log, span or error.
 //! - Everything stops: every answer ends at the stop, and each part has less time than what waits for it; see
 //!   [`server::stop`]. The first long-lived task to end, for whatever reason, stops the process.

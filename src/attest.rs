@@ -29,7 +29,7 @@ pub use self::{
     kernel::Capabilities,
     peer::Peer,
     stream::{PeerStream, prepare_listener},
-    workload::{UnixFacts, Workload},
+    workload::{Facts, PodFacts, UnixFacts, Workload},
 };
 use crate::clock::Clock;
 
@@ -117,9 +117,10 @@ impl Attestor {
             return Ok(Arc::clone(&last.workload));
         }
         let (observation, facts) = self.read(peer, hashed).await?;
+        let facts = Facts::Process(facts);
         let workload = match last {
-            Some(last) if *last.workload.unix() == facts => last.workload,
-            _ => Arc::new(Workload { unix: facts }),
+            Some(last) if *last.workload.facts() == facts => last.workload,
+            _ => Arc::new(Workload { facts }),
         };
         peer.remember(Attested { observation, hashed, at: Instant::now(), workload: Arc::clone(&workload) });
         Ok(workload)
@@ -407,8 +408,8 @@ mod tests {
                     process.become_copy(name);
                 }
                 let workload = attestor.attest(&peer).await.unwrap();
-                assert_eq!(workload.unix().executable.as_deref(), process.path(name).to_str());
-                assert_eq!(workload.unix().executable_sha256, Some(sha256(process.path(name))));
+                assert_eq!(workload.unix().unwrap().executable.as_deref(), process.path(name).to_str());
+                assert_eq!(workload.unix().unwrap().executable_sha256, Some(sha256(process.path(name))));
             }
         }
     }
@@ -432,7 +433,8 @@ mod tests {
         let process = Changeling::start();
         let peer = Peer::of_process(&process.process, &attestor).unwrap();
         let first = attestor.attest(&peer).await.unwrap();
-        let stale = Arc::new(Workload { unix: UnixFacts { supplementary_gids: vec![4242], ..first.unix().clone() } });
+        let stale =
+            Arc::new(Workload::for_test(UnixFacts { supplementary_gids: vec![4242], ..first.unix().unwrap().clone() }));
         let stale = Attested { workload: stale, ..peer.attested().unwrap() };
         peer.remember(stale.clone());
         assert_ne!(first, attestor.attest(&peer).await.unwrap());
@@ -445,17 +447,17 @@ mod tests {
         for attestor in attestors() {
             let process = Changeling::start();
             let peer = Peer::of_process(&process.process, &attestor).unwrap();
-            assert!(attestor.attest(&peer).await.unwrap().unix().executable.is_some());
+            assert!(attestor.attest(&peer).await.unwrap().unix().unwrap().executable.is_some());
             fs::rename(process.path("a"), process.path("moved")).unwrap();
             let moved = attestor.attest(&peer).await.unwrap();
-            assert_eq!(moved.unix().executable.as_deref(), process.path("moved").to_str());
+            assert_eq!(moved.unix().unwrap().executable.as_deref(), process.path("moved").to_str());
             fs::write(process.path("a"), "another").unwrap();
             fs::rename(process.path("a"), process.path("moved")).unwrap();
-            assert_eq!(attestor.attest(&peer).await.unwrap().unix().executable, None);
+            assert_eq!(attestor.attest(&peer).await.unwrap().unix().unwrap().executable, None);
             let mut process = process;
             process.become_copy("b");
             fs::remove_file(process.path("b")).unwrap();
-            assert_eq!(attestor.attest(&peer).await.unwrap().unix().executable, None);
+            assert_eq!(attestor.attest(&peer).await.unwrap().unix().unwrap().executable, None);
         }
     }
 
@@ -465,7 +467,7 @@ mod tests {
         let mut process = Changeling::start();
         process.become_copy("b (deleted)");
         let peer = Peer::of_process(&process.process, &attestor).unwrap();
-        assert_eq!(attestor.attest(&peer).await.unwrap().unix().executable, None);
+        assert_eq!(attestor.attest(&peer).await.unwrap().unix().unwrap().executable, None);
     }
 
     #[tokio::test]
@@ -475,7 +477,7 @@ mod tests {
         let peer = Peer::of_process(&process.process, &attestor).unwrap();
         for asked in [false, true, false] {
             attestor.set_hash_executables(asked);
-            assert_eq!(attestor.attest(&peer).await.unwrap().unix().executable_sha256.is_some(), asked);
+            assert_eq!(attestor.attest(&peer).await.unwrap().unix().unwrap().executable_sha256.is_some(), asked);
         }
     }
 
@@ -523,7 +525,7 @@ mod tests {
         for host_cgroups in [true, false] {
             let attestor = Attestor::with_capabilities(Capabilities { host_cgroups, ..Capabilities::probe() });
             let peer = Peer::of_process(&process.process, &attestor).unwrap();
-            assert_eq!(attestor.attest(&peer).await.unwrap().unix().cgroup.is_some(), host_cgroups);
+            assert_eq!(attestor.attest(&peer).await.unwrap().unix().unwrap().cgroup.is_some(), host_cgroups);
         }
     }
 

@@ -324,7 +324,7 @@ impl Hub {
         state.entries.get(&id).is_some_and(|entry| {
             let same = |grant| state::same_certificate(&grant, &entry.grant);
             let granted = || policy::decide(&self.policies(), workload, &entry.ask).is_ok_and(same);
-            *entry.workload == *workload || (workload.has_only_lost_facts_of(&entry.workload) && granted())
+            *entry.workload == *workload || (workload.is_still(&entry.workload) && granted())
         })
     }
 

@@ -51,6 +51,7 @@
 //! | `files` | nothing of ours |
 //! | `socket` | nothing of ours |
 //! | `telemetry` | nothing of ours |
+//! | `kubernetes` | nothing of ours |
 //! | `x509` | `spiffe` |
 //! | `attest::workload` | nothing of ours |
 //! | `policy` | `x509`, `attest::workload` |
@@ -89,6 +90,7 @@ pub mod config;
 pub mod files;
 pub mod hub;
 pub mod issue;
+pub mod kubernetes;
 pub mod metrics;
 pub mod policy;
 pub mod proto;

@@ -36,7 +36,7 @@ use self::{
     template::{Fact, Pattern},
 };
 use crate::{
-    attest::{UnixFacts, Workload},
+    attest::{Facts, Workload},
     x509::{KeyAlgorithm, Names, Usages},
 };
 
@@ -217,7 +217,7 @@ impl Denial {
         }
     }
 
-    fn new(facts: &UnixFacts, ask: &Ask, refused: &BTreeMap<&str, Vec<Refusal>>) -> Self {
+    fn new(facts: &Facts, ask: &Ask, refused: &BTreeMap<&str, Vec<Refusal>>) -> Self {
         let text = match (&ask.policy, refused.is_empty()) {
             // An unknown policy and one for somebody else read the same.
             (Some(name), true) => format!("no policy named {} matches {facts}", shown(name)),
@@ -248,7 +248,7 @@ impl Denial {
 ///
 /// What each policy that matches the workload has against the ask.
 pub fn decide(policies: &PolicySet, workload: &Workload, ask: &Ask) -> Result<Grant, Denial> {
-    let facts = workload.unix();
+    let facts = workload.facts();
     let mut refused = BTreeMap::new();
     for policy in candidates(policies, ask) {
         if mismatch(&policy.unix, facts).is_some() {
@@ -281,7 +281,7 @@ pub struct Offer {
 /// Everything the policies hand out to `workload` unasked, in order of policy name and then as written. An offer whose
 /// facts are absent or which the policy itself refuses is left out; [`views`] says so.
 pub fn offers(policies: &PolicySet, workload: &Workload) -> Vec<Offer> {
-    let facts = workload.unix();
+    let facts = workload.facts();
     let mut hints = BTreeSet::new();
     let mut offers = Vec::new();
     for policy in policies.policies.iter().filter(|policy| mismatch(&policy.unix, facts).is_none()) {
@@ -324,6 +324,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::attest::UnixFacts;
     use crate::x509::{DnsName, Usage, name::parse_ip};
 
     /// A policy named `name` for uid 1000; `spec` lines are indented by two spaces.
@@ -771,7 +772,7 @@ mod tests {
                 prop_assert_eq!((grant.usages(), grant.key()), (ask.usages, ask.key));
                 prop_assert_eq!(ask.lifetime.unwrap_or(grant.lifetime()), grant.lifetime());
             }
-            let explained = explain(&policies, workload.unix(), &ask).granted.is_some();
+            let explained = explain(&policies, workload.facts(), &ask).granted.is_some();
             prop_assert_eq!(explained, decide(&policies, &workload, &ask).is_ok());
         }
 

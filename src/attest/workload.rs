@@ -4,12 +4,27 @@
 //! are what the kernel said, never what the caller said. Two processes with equal facts are the same workload: they may
 //! share a credential. The process id is therefore not a fact; the attested connection keeps it.
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    hash::{DefaultHasher, Hash, Hasher as _},
+    net::IpAddr,
+};
 
 /// An attested workload.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Workload {
-    pub(super) unix: UnixFacts,
+    pub(super) facts: Facts,
+}
+
+/// What a workload is, with everything proven about it. A process in a pod is the pod: what it may have does not depend
+/// on ids that its image chose.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Facts {
+    /// A process on this host, outside of any pod.
+    Process(UnixFacts),
+    /// A pod of the cluster.
+    Pod(PodFacts),
 }
 
 /// Facts about a process on this host.
@@ -35,24 +50,83 @@ pub struct UnixFacts {
     pub cgroup: Option<String>,
 }
 
+/// Facts about a pod, as the API server tells them.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct PodFacts {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its UID: no two pods ever have the same, whatever their names.
+    pub uid: String,
+    /// Name of its ServiceAccount.
+    pub service_account: String,
+    /// Name of the node it runs on.
+    pub node: String,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// Labels of its namespace.
+    pub namespace_labels: BTreeMap<String, String>,
+    /// Its addresses; none before the kubelet has reported them.
+    pub ips: Vec<IpAddr>,
+    /// Names of the Services in its namespace that select it; only while a loaded policy asks for them.
+    pub services: BTreeSet<String>,
+}
+
 impl Workload {
-    /// Facts about the process on this host.
-    pub fn unix(&self) -> &UnixFacts {
-        &self.unix
+    /// Everything proven about it.
+    pub fn facts(&self) -> &Facts {
+        &self.facts
     }
 
-    /// Whom bounds are counted for: the user, of whom one may run any number of processes.
+    /// Facts about the process, when it is one of this host's.
+    pub fn unix(&self) -> Option<&UnixFacts> {
+        match &self.facts {
+            Facts::Process(unix) => Some(unix),
+            Facts::Pod(_) => None,
+        }
+    }
+
+    /// Facts about the pod, when it is one.
+    pub fn pod(&self) -> Option<&PodFacts> {
+        match &self.facts {
+            Facts::Process(_) => None,
+            Facts::Pod(pod) => Some(pod),
+        }
+    }
+
+    /// Whom bounds are counted for: the user, of whom one may run any number of processes, or the pod.
     pub fn principal(&self) -> u64 {
-        self.unix.uid.into()
+        match &self.facts {
+            Facts::Process(unix) => unix.uid.into(),
+            Facts::Pod(pod) => principal_of_pod(&pod.uid),
+        }
     }
 
-    /// Whether this is `before` with some facts gone and none replaced: the same process, whose program's file has been
-    /// upgraded under it, or whose user has lost its name.
-    pub fn has_only_lost_facts_of(&self, before: &Self) -> bool {
+    /// Whether this is `before`, changed in ways that leave it the same: a process that has only lost facts, because its
+    /// program's file has been upgraded under it or its user has lost its name; or the same pod with other labels.
+    pub fn is_still(&self, before: &Self) -> bool {
+        match (&self.facts, &before.facts) {
+            (Facts::Process(now), Facts::Process(before)) => now.has_only_lost_facts_of(before),
+            (Facts::Pod(now), Facts::Pod(before)) => now.uid == before.uid,
+            _ => false,
+        }
+    }
+}
+
+/// The bounds' name for a pod; never a user's, which has 32 bits.
+pub(super) fn principal_of_pod(uid: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    uid.hash(&mut hasher);
+    hasher.finish() | 1 << 63
+}
+
+impl UnixFacts {
+    fn has_only_lost_facts_of(&self, before: &Self) -> bool {
         fn kept_or_lost<T: PartialEq>(now: &Option<T>, before: &Option<T>) -> bool {
             now.is_none() || now == before
         }
-        let (now, before) = (&self.unix, &before.unix);
+        let now = self;
         now.uid == before.uid
             && now.gid == before.gid
             && now.supplementary_gids == before.supplementary_gids
@@ -63,10 +137,21 @@ impl Workload {
             && kept_or_lost(&now.systemd_unit, &before.systemd_unit)
             && kept_or_lost(&now.cgroup, &before.cgroup)
     }
+}
 
+impl Facts {
     /// Facts by the names that templates and `csrd whoami` use, with their text values.
-    pub fn facts(&self) -> BTreeMap<&'static str, String> {
-        let unix = &self.unix;
+    pub fn named(&self) -> BTreeMap<&'static str, String> {
+        match self {
+            Self::Process(unix) => unix.named(),
+            Self::Pod(pod) => pod.named(),
+        }
+    }
+}
+
+impl UnixFacts {
+    fn named(&self) -> BTreeMap<&'static str, String> {
+        let unix = self;
         let mut facts = BTreeMap::from([("unix.uid", unix.uid.to_string()), ("unix.gid", unix.gid.to_string())]);
         let optional = [
             ("unix.user", &unix.user),
@@ -78,6 +163,27 @@ impl Workload {
         ];
         facts.extend(optional.into_iter().filter_map(|(name, value)| Some((name, value.clone()?))));
         facts
+    }
+}
+
+impl PodFacts {
+    fn named(&self) -> BTreeMap<&'static str, String> {
+        fn list<T: ToString>(values: impl IntoIterator<Item = T>) -> String {
+            values.into_iter().map(|value| value.to_string()).collect::<Vec<_>>().join(", ")
+        }
+        let labels =
+            |labels: &BTreeMap<String, String>| list(labels.iter().map(|(key, value)| format!("{key}={value}")));
+        BTreeMap::from([
+            ("kubernetes.namespace", self.namespace.clone()),
+            ("kubernetes.pod", self.name.clone()),
+            ("kubernetes.podUid", self.uid.clone()),
+            ("kubernetes.serviceAccount", self.service_account.clone()),
+            ("kubernetes.node", self.node.clone()),
+            ("kubernetes.labels", labels(&self.labels)),
+            ("kubernetes.namespaceLabels", labels(&self.namespace_labels)),
+            ("kubernetes.podIPs", list(&self.ips)),
+            ("kubernetes.services", list(&self.services)),
+        ])
     }
 }
 
@@ -95,19 +201,40 @@ impl fmt::Display for UnixFacts {
     }
 }
 
+/// One line for people: `pod production/web-0 (ServiceAccount web)`.
+impl fmt::Display for PodFacts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "pod {}/{} (ServiceAccount {})", self.namespace, self.name, self.service_account)
+    }
+}
+
+impl fmt::Display for Facts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Process(unix) => unix.fmt(f),
+            Self::Pod(pod) => pod.fmt(f),
+        }
+    }
+}
+
 /// As its facts.
 impl fmt::Display for Workload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.unix.fmt(f)
+        self.facts.fmt(f)
     }
 }
 
 /// A workload made of the given facts, for tests of what stands on attestation.
 #[cfg(any(test, feature = "testing"))]
 impl Workload {
-    /// A workload with these facts, attested by nobody.
+    /// A process with these facts, attested by nobody.
     pub fn for_test(unix: UnixFacts) -> Self {
-        Self { unix }
+        Self { facts: Facts::Process(unix) }
+    }
+
+    /// A pod with these facts, attested by nobody.
+    pub fn of_pod(pod: PodFacts) -> Self {
+        Self { facts: Facts::Pod(pod) }
     }
 
     /// A workload of `uid` with group `uid`, running `/usr/bin/test`.

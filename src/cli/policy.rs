@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::{Exit, TableFormat, UsageError, request::RequestArgs};
 use crate::{
-    attest::UnixFacts,
+    attest::{Facts, UnixFacts},
     policy::{
         self, Explanation, Problem,
         watch::{LoadError, read_set},
@@ -103,7 +103,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         Err(error) => return invalid(error, check.output),
     };
     let ask = server::ask(check.request.into_request()?).map_err(UsageError)?;
-    let explanation = policy::explain(&policies, &check.workload.into(), &ask);
+    let explanation = policy::explain(&policies, &Facts::Process(check.workload.into()), &ask);
     let text = match check.output {
         TableFormat::Table => in_words(&explanation),
         TableFormat::Json => in_json(&explanation),
@@ -187,7 +187,7 @@ spec:
         let Command::Check(check) = cli.args.command;
         let policies = read_set(&check.paths)?;
         let ask = server::ask(check.request.into_request()?).map_err(UsageError)?;
-        Ok(policy::explain(&policies, &check.workload.into(), &ask))
+        Ok(policy::explain(&policies, &Facts::Process(check.workload.into()), &ask))
     }
 
     const WEB: &str = "--uid 1000 --gid 100 --gid 33 --executable /usr/bin/web";

@@ -464,11 +464,11 @@ async fn a_certificate_that_policy_has_replaced_is_given_to_nobody_new() {
 async fn a_credential_is_for_its_owner_even_if_an_upgrade_took_its_programs_path() {
     let bench = Bench::new();
     let subscription = bench.subscribe(1, "a.example.org").await.unwrap();
-    let mut upgraded = Workload::of_uid(1).unix().clone();
+    let mut upgraded = Workload::of_uid(1).unix().unwrap().clone();
     upgraded.executable = None;
     assert!(subscription.is_for(&Workload::of_uid(1)));
     assert!(subscription.is_for(&Workload::for_test(upgraded)), "no policy looks at the executable");
-    let mut other = Workload::of_uid(1).unix().clone();
+    let mut other = Workload::of_uid(1).unix().unwrap().clone();
     other.executable = Some("/usr/bin/other".to_owned());
     assert!(!subscription.is_for(&Workload::for_test(other)), "another program");
     assert!(!subscription.is_for(&Workload::of_uid(2)), "another user, though policy grants it the same");

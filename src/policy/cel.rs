@@ -18,7 +18,7 @@ use cel::{
 
 use super::{Terms, clipped, shown};
 use crate::{
-    attest::UnixFacts,
+    attest::{Facts, UnixFacts},
     x509::name::{MAX_DNS_NAME_BYTES, MAX_NAMES, MAX_ORGANIZATIONS, MAX_SUBJECT_CHARS, MAX_URI_BYTES},
 };
 
@@ -93,9 +93,13 @@ impl Rule {
 
 impl Variables {
     /// The facts and the request, with the policy's defaults filled in; the error is a refusal in words.
-    pub(super) fn new(facts: &UnixFacts, terms: &Terms) -> Result<Self, String> {
+    pub(super) fn new(facts: &Facts, terms: &Terms) -> Result<Self, String> {
         let mut context = Context::with_env(Arc::clone(&ENVIRONMENT));
-        context.add_variable_from_value("workload", map([("unix", unix(facts)?)]));
+        let workload = match facts {
+            Facts::Process(facts) => ("unix", unix(facts)?),
+            Facts::Pod(_) => return Err("rules know nothing of pods".to_owned()),
+        };
+        context.add_variable_from_value("workload", map([workload]));
         context.add_variable_from_value("request", request(terms));
         Ok(Self(context))
     }
@@ -482,7 +486,7 @@ mod tests {
 
     fn check(expression: &str, expected: Result<(), &str>) {
         let rule = Rule::compile(expression, "the message").unwrap_or_else(|error| panic!("{expression}: {error}"));
-        let verdict = rule.check(&Variables::new(&facts(), &terms()).unwrap());
+        let verdict = rule.check(&Variables::new(&Facts::Process(facts()), &terms()).unwrap());
         match expected {
             Ok(()) => assert_eq!(verdict, Ok(()), "{expression}"),
             Err(words) => assert!(verdict.as_ref().unwrap_err().contains(words), "{expression}: {verdict:?}"),
@@ -599,13 +603,13 @@ mod tests {
     #[test]
     fn a_caller_outside_the_bounds_of_the_estimate_is_refused() {
         let groups = |n: u32| UnixFacts { supplementary_gids: (0..n).collect(), ..facts() };
-        assert!(Variables::new(&groups(1024), &terms()).is_ok());
-        let error = Variables::new(&groups(1025), &terms()).err().unwrap();
+        assert!(Variables::new(&Facts::Process(groups(1024)), &terms()).is_ok());
+        let error = Variables::new(&Facts::Process(groups(1025)), &terms()).err().unwrap();
         assert_eq!(error, "rules take at most 1024 supplementary groups, the caller has 1025");
         let path = |n: usize| UnixFacts { executable: Some("x".repeat(n)), ..facts() };
-        assert!(Variables::new(&path(4096), &terms()).is_ok());
+        assert!(Variables::new(&Facts::Process(path(4096)), &terms()).is_ok());
         assert_eq!(
-            Variables::new(&path(4097), &terms()).err().unwrap(),
+            Variables::new(&Facts::Process(path(4097)), &terms()).err().unwrap(),
             "rules take at most 4096 bytes in unix.executable"
         );
     }
@@ -629,7 +633,7 @@ mod tests {
             ),
         ) {
             if let Ok(rule) = Rule::compile(&tokens.concat(), "m") {
-                let _ = rule.check(&Variables::new(&facts(), &terms()).unwrap());
+                let _ = rule.check(&Variables::new(&Facts::Process(facts()), &terms()).unwrap());
             }
         }
     }

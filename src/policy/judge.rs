@@ -13,7 +13,7 @@ use super::{
     template::{Glob, Pattern, Unfilled},
 };
 use crate::{
-    attest::UnixFacts,
+    attest::Facts,
     x509::{DnsName, KeyAlgorithm, Names, Usage, Usages},
 };
 
@@ -25,7 +25,10 @@ pub(super) struct Refusal {
 }
 
 /// The first clause of the match section that does not hold for the caller, in words; `None` when all hold.
-pub(super) fn mismatch(unix: &UnixMatch, facts: &UnixFacts) -> Option<String> {
+pub(super) fn mismatch(unix: &UnixMatch, facts: &Facts) -> Option<String> {
+    let Facts::Process(facts) = facts else {
+        return Some("it matches processes of a host, and the caller is a pod".to_owned());
+    };
     let number = |list: &Option<Vec<u32>>, value: u32, name: &str, field: &str| {
         let out = list.as_ref().is_some_and(|list| !list.contains(&value));
         out.then(|| format!("{name} {value} is not among its {field}"))
@@ -56,7 +59,7 @@ pub(super) fn mismatch(unix: &UnixMatch, facts: &UnixFacts) -> Option<String> {
 }
 
 /// Judges an ask by a policy that matches the caller: what it gets, or everything that speaks against it.
-pub(super) fn judge(policy: &Policy, facts: &UnixFacts, ask: &Ask) -> Result<Terms, Vec<Refusal>> {
+pub(super) fn judge(policy: &Policy, facts: &Facts, ask: &Ask) -> Result<Terms, Vec<Refusal>> {
     let mut refusals = Refusals(Vec::new());
     if let Err(error) = ask.names.check() {
         refusals.add(Reason::NameNotAllowed, error.to_string());
@@ -98,7 +101,7 @@ pub(super) fn judge(policy: &Policy, facts: &UnixFacts, ask: &Ask) -> Result<Ter
 }
 
 /// The ask that an offer stands for: its names, with those of the usual usages and keys that the policy allows.
-pub(super) fn ask_of_offer(policy: &Policy, offer: &Offer, facts: &UnixFacts) -> Result<Ask, Unfilled> {
+pub(super) fn ask_of_offer(policy: &Policy, offer: &Offer, facts: &Facts) -> Result<Ask, Unfilled> {
     let allow = &policy.allow;
     let key = KeyAlgorithm::ALL.into_iter().find(|key| allow.keys.contains(key)).unwrap_or(KeyAlgorithm::EcdsaP256);
     Ok(Ask {
@@ -112,7 +115,7 @@ pub(super) fn ask_of_offer(policy: &Policy, offer: &Offer, facts: &UnixFacts) ->
 }
 
 /// The names of an offer, filled in.
-pub(super) fn offer_names(offer: &Offer, facts: &UnixFacts) -> Result<Names, Unfilled> {
+pub(super) fn offer_names(offer: &Offer, facts: &Facts) -> Result<Names, Unfilled> {
     let dns = offer.dns_names.iter().map(|pattern| pattern.fill(facts)).collect::<Result<Vec<_>, _>>()?;
     let uris = offer.spiffe_id.iter().map(|pattern| pattern.fill(facts)).collect::<Result<Vec<_>, _>>()?;
     // A filled label is a label, but many of them may be too long together; such a name is nobody's.
@@ -131,7 +134,7 @@ impl Refusals {
     }
 }
 
-fn first_offer(policy: &Policy, facts: &UnixFacts) -> Result<Names, Refusal> {
+fn first_offer(policy: &Policy, facts: &Facts) -> Result<Names, Refusal> {
     let nothing = |text| Refusal { reason: Reason::NothingOffered, text };
     let Some(offer) = policy.offers.first() else {
         return Err(nothing("it offers nothing unasked; say which names you need".to_owned()));
@@ -143,7 +146,7 @@ fn first_offer(policy: &Policy, facts: &UnixFacts) -> Result<Names, Refusal> {
     }
 }
 
-fn refuse_names(refusals: &mut Refusals, policy: &Policy, facts: &UnixFacts, asked: &Names) {
+fn refuse_names(refusals: &mut Refusals, policy: &Policy, facts: &Facts, asked: &Names) {
     let Allow { common_names, organizations, dns_names, wildcard_dns_names, ip_addresses, uris, .. } = &policy.allow;
     let offered: Vec<Names> = policy.offers.iter().filter_map(|offer| offer_names(offer, facts).ok()).collect();
     let mut compare = |field: &str, patterns: &[Pattern], value: &str| {
@@ -174,7 +177,7 @@ fn refuse_names(refusals: &mut Refusals, policy: &Policy, facts: &UnixFacts, ask
 }
 
 /// Whether one of `patterns` allows `value`; the error also says which entries grant nothing to this caller, and why.
-fn allowed(field: &str, patterns: &[Pattern], value: &str, facts: &UnixFacts) -> Result<(), String> {
+fn allowed(field: &str, patterns: &[Pattern], value: &str, facts: &Facts) -> Result<(), String> {
     let mut void = None;
     for pattern in patterns {
         match pattern.matches(value, facts) {
@@ -203,7 +206,7 @@ fn refuse_usages(refusals: &mut Refusals, allowed: Usages, ask: &Ask) {
     }
 }
 
-fn refuse_by_rules(refusals: &mut Refusals, policy: &Policy, facts: &UnixFacts, terms: &Terms) {
+fn refuse_by_rules(refusals: &mut Refusals, policy: &Policy, facts: &Facts, terms: &Terms) {
     if policy.rules.is_empty() {
         return;
     }

@@ -10,7 +10,7 @@
 use std::{borrow::Cow, fmt};
 
 use crate::{
-    attest::UnixFacts,
+    attest::Facts,
     x509::{
         DnsName, Names,
         name::{MAX_DNS_LABEL_BYTES, MAX_SUBJECT_CHARS, NameError},
@@ -47,7 +47,10 @@ impl Fact {
         }
     }
 
-    fn of(self, facts: &UnixFacts) -> Option<Cow<'_, str>> {
+    fn of(self, facts: &Facts) -> Option<Cow<'_, str>> {
+        let Facts::Process(facts) = facts else {
+            return None;
+        };
         match self {
             Self::Uid => Some(facts.uid.to_string().into()),
             Self::Gid => Some(facts.gid.to_string().into()),
@@ -126,7 +129,7 @@ impl Pattern {
     }
 
     /// Whether `asked` is allowed, with slots filled from `facts`.
-    pub(super) fn matches(&self, asked: &str, facts: &UnixFacts) -> Result<bool, Unfilled> {
+    pub(super) fn matches(&self, asked: &str, facts: &Facts) -> Result<bool, Unfilled> {
         let Some(rest) = asked.strip_prefix(&self.head) else {
             return Ok(false);
         };
@@ -151,11 +154,11 @@ impl Pattern {
     }
 
     /// The text with its slots filled; `*` stays as it is.
-    pub(super) fn fill(&self, facts: &UnixFacts) -> Result<String, Unfilled> {
+    pub(super) fn fill(&self, facts: &Facts) -> Result<String, Unfilled> {
         self.write(|before, fact, after| self.slot(before, fact, after, facts))
     }
 
-    fn slot(&self, before: &str, fact: Fact, after: &str, facts: &UnixFacts) -> Result<String, Unfilled> {
+    fn slot(&self, before: &str, fact: Fact, after: &str, facts: &Facts) -> Result<String, Unfilled> {
         let unfilled = |value| Unfilled { fact, value, kind: self.kind };
         let value = fact.of(facts).ok_or_else(|| unfilled(None))?;
         let part = format!("{before}{value}{after}");
@@ -354,6 +357,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::attest::UnixFacts;
 
     fn facts(user: &str) -> UnixFacts {
         UnixFacts {
@@ -376,10 +380,14 @@ mod tests {
     fn matches(kind: Kind, text: &str, yes: &[&str], no: &[&str]) {
         let pattern = pattern(kind, text);
         for asked in yes {
-            assert_eq!(pattern.matches(asked, &facts("web")), Ok(true), "{text} allows {asked}");
+            assert_eq!(pattern.matches(asked, &Facts::Process(facts("web"))), Ok(true), "{text} allows {asked}");
         }
         for asked in no {
-            assert_eq!(pattern.matches(asked, &facts("web")), Ok(false), "{text} does not allow {asked}");
+            assert_eq!(
+                pattern.matches(asked, &Facts::Process(facts("web"))),
+                Ok(false),
+                "{text} does not allow {asked}"
+            );
         }
     }
 
@@ -447,7 +455,7 @@ mod tests {
         matches(Kind::Uri, "spiffe://example.org/{unix.systemdUnit}", &["spiffe://example.org/web.service"], &[]);
         matches(Kind::Uri, "spiffe://e/{unix.gid}/{unix.uid}", &["spiffe://e/33/1000"], &["spiffe://e/1000/33"]);
         matches(Kind::Subject, "Team {unix.user}", &["Team web"], &["Team db", "Team", "web"]);
-        let filled = pattern(Kind::Dns, "*.u{unix.uid}.org").fill(&facts("web"));
+        let filled = pattern(Kind::Dns, "*.u{unix.uid}.org").fill(&Facts::Process(facts("web")));
         assert_eq!(filled.as_deref(), Ok("*.u1000.org"));
     }
 
@@ -455,22 +463,23 @@ mod tests {
     fn a_value_that_does_not_fit_its_slot_grants_nothing() {
         let dns = pattern(Kind::Dns, "{unix.user}.example.org");
         for user in ["a.b", "*", "", "-a", "a-", "A", "a_b", "ü", "a b", "a/b", &"a".repeat(64)] {
-            let why = dns.matches("web.example.org", &facts(user)).unwrap_err().to_string();
+            let why = dns.matches("web.example.org", &Facts::Process(facts(user))).unwrap_err().to_string();
             assert!(why.ends_with("is not a single lower-case DNS label"), "{user}: {why}");
         }
         let uri = pattern(Kind::Uri, "spiffe://e/{unix.user}/x");
         for user in [".", "..", "a/b", "", "a%2fb", "*", "a?b", "a#b", "a b", "ü"] {
-            let why = uri.matches("spiffe://e/web/x", &facts(user)).unwrap_err().to_string();
+            let why = uri.matches("spiffe://e/web/x", &Facts::Process(facts(user))).unwrap_err().to_string();
             assert!(why.contains("is not a single URI path segment"), "{user}: {why}");
         }
         let subject = pattern(Kind::Subject, "{unix.user}.example.org");
         for user in ["a.b", "", "a b", "a,O=x", "a:b", &"a".repeat(65)] {
-            let why = subject.matches("web.example.org", &facts(user)).unwrap_err().to_string();
+            let why = subject.matches("web.example.org", &Facts::Process(facts(user))).unwrap_err().to_string();
             assert!(why.contains("is not a word of letters"), "{user}: {why}");
         }
-        let absent = pattern(Kind::Dns, "{unix.group}.example.org").fill(&facts("web")).unwrap_err();
+        let absent = pattern(Kind::Dns, "{unix.group}.example.org").fill(&Facts::Process(facts("web"))).unwrap_err();
         assert_eq!(absent.to_string(), "the caller has no unix.group");
-        let long = pattern(Kind::Dns, "x{unix.user}.example.org").fill(&facts(&"a".repeat(63))).unwrap_err();
+        let long =
+            pattern(Kind::Dns, "x{unix.user}.example.org").fill(&Facts::Process(facts(&"a".repeat(63)))).unwrap_err();
         assert!(long.to_string().contains("is not a single lower-case DNS label"));
     }
 
@@ -526,8 +535,8 @@ mod tests {
     fn every_slot_names_a_fact_that_the_caller_is_shown() {
         let workload = crate::attest::Workload::for_test(UnixFacts { group: Some("g".to_owned()), ..facts("web") });
         for fact in Fact::ALL {
-            let value = fact.of(workload.unix()).map(Cow::into_owned);
-            assert_eq!(value.as_ref(), workload.facts().get(fact.name()), "{}", fact.name());
+            let value = fact.of(workload.facts()).map(Cow::into_owned);
+            assert_eq!(value.as_ref(), workload.facts().named().get(fact.name()), "{}", fact.name());
         }
     }
 
@@ -555,17 +564,17 @@ mod tests {
     proptest! {
         #[test]
         fn a_filled_slot_adds_no_part_and_changes_no_other(user in any::<String>()) {
-            if let Ok(name) = pattern(Kind::Dns, "a.x{unix.user}.example.org").fill(&facts(&user)) {
+            if let Ok(name) = pattern(Kind::Dns, "a.x{unix.user}.example.org").fill(&Facts::Process(facts(&user))) {
                 prop_assert!(DnsName::parse(&name).is_ok());
                 let labels: Vec<_> = name.split('.').collect();
                 prop_assert_eq!((labels.len(), labels[0], labels[2], labels[3]), (4, "a", "example", "org"));
             }
-            if let Ok(uri) = pattern(Kind::Uri, "spiffe://example.org/a/{unix.user}/b").fill(&facts(&user)) {
+            if let Ok(uri) = pattern(Kind::Uri, "spiffe://example.org/a/{unix.user}/b").fill(&Facts::Process(facts(&user))) {
                 prop_assert!(crate::spiffe::SpiffeId::parse(&uri).is_ok());
                 let segments: Vec<_> = uri.split('/').collect();
                 prop_assert_eq!((segments.len(), segments[2], segments[3], segments[5]), (6, "example.org", "a", "b"));
             }
-            if let Ok(name) = pattern(Kind::Subject, "CN {unix.user}").fill(&facts(&user)) {
+            if let Ok(name) = pattern(Kind::Subject, "CN {unix.user}").fill(&Facts::Process(facts(&user))) {
                 prop_assert!(name[3..].bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b)));
             }
         }
@@ -576,7 +585,7 @@ mod tests {
             asked in "[a-z*./-]{0,6}(\\.example\\.org)?",
         ) {
             let pattern = pattern(Kind::Dns, "{unix.user}.example.org");
-            let facts = facts(&user);
+            let facts = Facts::Process(facts(&user));
             if let Ok(matched) = pattern.matches(&asked, &facts) {
                 prop_assert_eq!(matched, pattern.fill(&facts).as_deref() == Ok(asked.as_str()));
             }
@@ -586,7 +595,7 @@ mod tests {
         fn no_text_breaks_the_parser(text in "[a-z*{}./:]{0,40}|\\PC{0,40}", asked in "\\PC{0,40}") {
             for kind in [Kind::Dns, Kind::WildcardDns, Kind::Uri, Kind::Subject] {
                 if let Ok(pattern) = Pattern::parse(kind, &text) {
-                    let _ = pattern.matches(&asked, &facts("web"));
+                    let _ = pattern.matches(&asked, &Facts::Process(facts("web")));
                 }
             }
             if let Ok(glob) = Glob::parse(&text) {

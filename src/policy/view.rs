@@ -11,7 +11,7 @@ use super::{
     lifetime,
     template::Pattern,
 };
-use crate::attest::{UnixFacts, Workload};
+use crate::attest::{Facts, Workload};
 
 /// One policy, as far as it concerns one workload.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,7 +30,7 @@ pub struct View {
 
 /// Every policy in order of name, as the workload may see it: its own facts and what it may have, nothing about others.
 pub fn views(policies: &PolicySet, workload: &Workload) -> Vec<View> {
-    let facts = workload.unix();
+    let facts = workload.facts();
     let view = |policy: &Policy| match mismatch(&policy.unix, facts) {
         Some(mismatch) => {
             View { policy: policy.name.clone(), matches: false, mismatch, grants: Vec::new(), offers: Vec::new() }
@@ -69,7 +69,7 @@ pub struct Verdict {
 }
 
 /// What [`decide`](super::decide)(super::decide) would say to a workload with these facts, for offline checks.
-pub fn explain(policies: &PolicySet, facts: &UnixFacts, ask: &Ask) -> Explanation {
+pub fn explain(policies: &PolicySet, facts: &Facts, ask: &Ask) -> Explanation {
     let mut refused = BTreeMap::new();
     let mut verdicts = Vec::new();
     for policy in candidates(policies, ask) {
@@ -113,7 +113,7 @@ fn term_lines(terms: &Terms) -> Vec<String> {
     lines
 }
 
-fn grant_lines(policy: &Policy, facts: &UnixFacts) -> Vec<String> {
+fn grant_lines(policy: &Policy, facts: &Facts) -> Vec<String> {
     let allow = &policy.allow;
     let fill = |pattern: &Pattern| match pattern.fill(facts) {
         Ok(text) => text,
@@ -141,7 +141,7 @@ fn grant_lines(policy: &Policy, facts: &UnixFacts) -> Vec<String> {
     lines.map(|(name, values)| format!("{name}: {}", values.join(", "))).collect()
 }
 
-fn offer_line(policy: &Policy, offer: &compile::Offer, facts: &UnixFacts) -> String {
+fn offer_line(policy: &Policy, offer: &compile::Offer, facts: &Facts) -> String {
     let ask = match judge::ask_of_offer(policy, offer, facts) {
         Ok(ask) => ask,
         Err(why) => return format!("void: {why}"),

@@ -26,8 +26,8 @@ impl v1::status_service_server::StatusService for Credentials {
     ) -> Result<Response<v1::ListCredentialsResponse>, Status> {
         let connection = &request.extensions().get::<Arrival>().expect("the server sets it").connection;
         let caller = connection.workload(&self.engine).await?;
-        let uid = caller.unix().uid;
-        let operator = uid == 0 || uid == self.engine.operator_uid;
+        // A pod is nobody's operator, whatever user its image runs as.
+        let operator = caller.unix().is_some_and(|unix| unix.uid == 0 || unix.uid == self.engine.operator_uid);
         let rows = self.engine.hub.rows(|workload| operator || *workload == *caller);
         let credentials = rows.iter().map(convert::credential_status).collect();
         Ok(Response::new(v1::ListCredentialsResponse { credentials }))

@@ -70,7 +70,7 @@ impl Call {
 impl v1::certificate_service_server::CertificateService for Issuance {
     async fn who_am_i(&self, request: Request<v1::WhoAmIRequest>) -> Result<Response<v1::WhoAmIResponse>, Status> {
         let call = self.call(&request).await?;
-        let facts = call.workload.facts().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+        let facts = call.workload.facts().named().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
         let views = policy::views(&self.engine.hub.policies(), &call.workload);
         let policies = views.into_iter().map(convert::policy_view).collect();
         telemetry::record_status(&call.span, Code::Ok as i32, "");

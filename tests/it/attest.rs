@@ -58,7 +58,7 @@ async fn a_peer_is_the_process_that_connected() {
 
         scene.attestor.set_hash_executables(true);
         let workload = scene.attestor.attest(&peer).await.unwrap();
-        let unix = workload.unix();
+        let unix = workload.unix().unwrap();
         assert_eq!(unix.uid, rustix::process::geteuid().as_raw());
         assert_eq!(unix.gid, rustix::process::getegid().as_raw());
         assert_eq!(unix.user.clone().unwrap_or(unix.uid.to_string()), output(Command::new("id").arg("-un")));
@@ -99,7 +99,7 @@ async fn a_caller_that_execs_is_another_workload_on_the_same_connection() {
         scene.actor.echo();
         let after = scene.attestor.attest(&peer).await.unwrap();
         assert_eq!(
-            after.unix().executable,
+            after.unix().unwrap().executable,
             Some(output(Command::new("sh").arg("-c").arg("readlink -f $(command -v cat)")))
         );
         assert_ne!(before, after);
@@ -192,7 +192,7 @@ async fn a_set_user_id_program_is_its_effective_user() {
         let (mut stream, peer) = scene.connect().await;
         scene.actor.tell("write hello");
         assert_eq!(read(&mut stream).await.unwrap(), "hello");
-        assert_eq!(scene.attestor.attest(&peer).await.unwrap().unix().uid, STRANGER);
+        assert_eq!(scene.attestor.attest(&peer).await.unwrap().unix().unwrap().uid, STRANGER);
     }
 }
 
@@ -293,7 +293,7 @@ async fn an_executable_at_a_path_of_its_own_mounts_has_no_path() {
     scene.actor.echo();
     let trusted = trusted.canonicalize().unwrap();
     assert_eq!(fs::read_link(format!("/proc/{}/exe", peer.pid())).unwrap(), trusted, "what the kernel says");
-    assert_eq!(scene.attestor.attest(&peer).await.unwrap().unix().executable, None);
+    assert_eq!(scene.attestor.attest(&peer).await.unwrap().unix().unwrap().executable, None);
 }
 
 #[tokio::test]
@@ -499,7 +499,7 @@ async fn act(props: &mut Props, order: &str) -> String {
             let (stream, _) = listener.accept().await.unwrap();
             let attested = async { attestor.attest(&Peer::of(&stream, attestor)?).await };
             return match attested.await {
-                Ok(workload) => format!("uid {}", workload.unix().uid),
+                Ok(workload) => format!("uid {}", workload.unix().unwrap().uid),
                 Err(error) => error.reason().to_owned(),
             };
         }

@@ -24,6 +24,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ("files", &[]),
     ("socket", &[]),
     ("telemetry", &[]),
+    ("kubernetes", &[]),
     ("x509", &["spiffe"]),
     ("attest::workload", &[]),
     ("policy", &["x509", "attest::workload"]),
@@ -46,6 +47,8 @@ const ANY: &[&str] = &["*"];
 /// Outside paths that only some rows may name.
 const HOMES: &[(&str, &[&str])] = &[
     ("tonic", &["proto", "server", "client", "agent", "cli"]),
+    ("kube", &["kubernetes", "attest", "policy::watch", "trust", "signer", "controller", "agent", "cli"]),
+    ("k8s_openapi", &["kubernetes", "attest", "policy::watch", "trust", "signer", "controller", "agent", "cli"]),
     ("std::env", &["config", "cli", "main"]),
     ("anyhow", &["agent", "cli", "main"]),
 ];

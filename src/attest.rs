@@ -279,6 +279,15 @@ pub enum AttestError {
         /// Path in another.
         other: String,
     },
+    /// The process is in a cgroup that looks like a pod's and proves none.
+    #[error(
+        "the caller's cgroup {path:?} has the name of a pod's and not its place, or names no container; \
+         it is taken neither for that pod nor for a process of this host"
+    )]
+    PodCgroup {
+        /// Path of the cgroup.
+        path: String,
+    },
     /// No live pod is known by that UID.
     #[error("the caller is in a pod with UID {uid:?}, which is not known: {why}")]
     PodUnknown {
@@ -321,6 +330,7 @@ impl AttestError {
             Self::ForeignUserNamespace => "PEER_FOREIGN_USER_NAMESPACE",
             Self::SocketPassed { .. } => "PEER_SOCKET_PASSED",
             Self::CgroupsDisagree { .. } => "PEER_CGROUPS_DISAGREE",
+            Self::PodCgroup { .. } => "POD_CGROUP_UNCLEAR",
             Self::PodUnknown { .. } => "POD_UNKNOWN",
             Self::PodContradicted { .. } => "POD_CONTRADICTED",
             Self::TooManyGroups { .. } => "PEER_TOO_MANY_GROUPS",

@@ -4,7 +4,7 @@
 //! written from the host's root, or that has been deleted, names no unit. Resource hierarchies of cgroup v1 are not
 //! read, because anything may place processes there; systemd places them in its own.
 
-pub(super) use self::pod::InPod;
+pub(super) use self::pod::{InPod, Place, View};
 use super::AttestError;
 
 mod pod;

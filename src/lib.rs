@@ -56,6 +56,7 @@
 //! | `attest::workload` | nothing of ours |
 //! | `policy` | `x509`, `attest::workload` |
 //! | `attest` | `clock` |
+//! | `attest::pods` | `attest`, `attest::workload`, `kubernetes`, `clock`, `backoff` |
 //! | `policy::watch` | `policy`, `files`, `metrics` |
 //! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `metrics` |
 //! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock` |

@@ -56,7 +56,7 @@
 //! | `attest::workload` | nothing of ours |
 //! | `policy` | `x509`, `attest::workload` |
 //! | `attest` | `clock` |
-//! | `policy::watch` | `policy`, `files`, `metrics` |
+//! | `policy::watch` | `policy`, `files`, `kubernetes`, `metrics` |
 //! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `metrics` |
 //! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock` |
 //! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `metrics`, `telemetry` |

@@ -29,7 +29,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ("attest::workload", &[]),
     ("policy", &["x509", "attest::workload"]),
     ("attest", &["clock"]),
-    ("policy::watch", &["policy", "files", "metrics"]),
+    ("policy::watch", &["policy", "files", "kubernetes", "metrics"]),
     ("signer", &["attest::workload", "policy", "x509", "clock", "metrics"]),
     ("issue", &["attest::workload", "policy", "x509", "signer", "clock"]),
     ("hub", &["attest::workload", "policy", "x509", "signer", "issue", "clock", "backoff", "metrics", "telemetry"]),

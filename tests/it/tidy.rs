@@ -30,7 +30,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ("policy", &["x509", "attest::workload"]),
     ("attest", &["clock"]),
     ("attest::pods", &["attest", "attest::workload", "kubernetes", "clock", "backoff"]),
-    ("policy::watch", &["policy", "files", "metrics"]),
+    ("policy::watch", &["policy", "files", "metrics", "kubernetes"]),
     ("signer", &["attest::workload", "policy", "x509", "clock", "metrics"]),
     ("issue", &["attest::workload", "policy", "x509", "signer", "clock"]),
     ("hub", &["attest::workload", "policy", "x509", "signer", "issue", "clock", "backoff", "metrics", "telemetry"]),

@@ -217,8 +217,8 @@ impl Denial {
         }
     }
 
-    fn new(facts: &Facts, ask: &Ask, refused: &BTreeMap<&str, Vec<Refusal>>) -> Self {
-        let text = match (&ask.policy, refused.is_empty()) {
+    fn new(facts: &Facts, policy: Option<&str>, refused: &BTreeMap<&str, Vec<Refusal>>) -> Self {
+        let text = match (policy, refused.is_empty()) {
             // An unknown policy and one for somebody else read the same.
             (Some(name), true) => format!("no policy named {} matches {facts}", shown(name)),
             (None, true) => format!("no policy matches {facts}; csrd whoami says why for each of them"),
@@ -261,7 +261,7 @@ pub fn decide(policies: &PolicySet, workload: &Workload, ask: &Ask) -> Result<Gr
             }
         }
     }
-    Err(Denial::new(facts, ask, &refused))
+    Err(Denial::new(facts, ask.policy.as_deref(), &refused))
 }
 
 fn candidates<'a>(policies: &'a PolicySet, ask: &Ask) -> impl Iterator<Item = &'a Policy> {
@@ -276,6 +276,15 @@ pub struct Offer {
     /// The operator's hint to a workload with several identities (SPIFFE Workload API section 5.2.1); unique among the
     /// offers of one call, may be empty.
     pub hint: String,
+}
+
+impl Offer {
+    /// The ask to which the policy that offers it, and no other, says the same as to the offer.
+    pub fn ask(&self) -> Ask {
+        let Terms { names, usages, key, policy, .. } = &self.grant.0;
+        let names = names.clone();
+        Ask { names, usages: *usages, key: *key, lifetime: None, signer: None, policy: Some(policy.clone()) }
+    }
 }
 
 /// Everything the policies hand out to `workload` unasked, in order of policy name and then as written. An offer whose
@@ -297,6 +306,29 @@ pub fn offers(policies: &PolicySet, workload: &Workload) -> Vec<Offer> {
         }
     }
     offers
+}
+
+/// Why [`offers`] has nothing for `workload`, or nothing with a SPIFFE ID: what becomes of each offer of each policy that
+/// matches.
+pub fn nothing_offered(policies: &PolicySet, workload: &Workload) -> Denial {
+    let facts = workload.facts();
+    let nothing = |text: String| vec![Refusal { reason: Reason::NothingOffered, text }];
+    let mut refused = BTreeMap::new();
+    for policy in policies.policies.iter().filter(|policy| mismatch(&policy.unix, facts).is_none()) {
+        let against = |offer| match judge::ask_of_offer(policy, offer, facts) {
+            Err(why) => nothing(format!("an offer is void: {why}")),
+            Ok(ask) => match judge(policy, facts, &ask) {
+                Err(refusals) => refusals,
+                Ok(_) => nothing("an offer has no spiffeId".to_owned()),
+            },
+        };
+        let mut refusals: Vec<_> = policy.offers.iter().flat_map(against).collect();
+        if refusals.is_empty() {
+            refusals = nothing("it offers nothing unasked".to_owned());
+        }
+        refused.insert(policy.name.as_str(), refusals);
+    }
+    Denial::new(facts, None, &refused)
 }
 
 /// Foreign text made safe to show: quoted, control characters escaped, cut short.

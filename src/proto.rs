@@ -7,6 +7,11 @@ pub mod v1 {
     tonic::include_proto!("csrd.v1");
 }
 
+/// The SPIFFE Workload API, which has no package.
+pub mod spiffe {
+    tonic::include_proto!("_");
+}
+
 /// The encoded `FileDescriptorSet` of everything in `proto/`.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 

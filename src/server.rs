@@ -6,13 +6,16 @@
 
 pub mod admin;
 pub mod authority;
+mod call;
 mod convert;
 mod credentials;
+mod identities;
 mod issuance;
 mod limits;
 mod methods;
 mod refusal;
 pub mod stop;
+mod workload_api;
 
 use std::{convert::Infallible, pin::pin, sync::Arc, time::Duration};
 
@@ -35,11 +38,12 @@ use crate::{
     hub::Hub,
     metrics::{ConnectionRefused, Metrics, counted},
     policy::Ask,
-    proto::{self, v1},
+    proto::{self, spiffe::spiffe_workload_api_server::SpiffeWorkloadApiServer, v1},
     telemetry,
 };
 
 use authority::AuthorityStream;
+pub use identities::MAX_IDENTITIES;
 pub use limits::Limits;
 use limits::{Place, Seat, Tally};
 use methods::Methods;
@@ -128,6 +132,8 @@ impl Server {
         let issuance = issuance::Issuance::new(engine.clone());
         let issuance = v1::certificate_service_server::CertificateServiceServer::new(issuance)
             .max_decoding_message_size(MAX_REQUEST_BYTES);
+        let workload_api = workload_api::WorkloadApi::new(engine.clone());
+        let workload_api = SpiffeWorkloadApiServer::new(workload_api).max_decoding_message_size(MAX_REQUEST_BYTES);
         let credentials = v1::status_service_server::StatusServiceServer::new(credentials::Credentials::new(engine))
             .max_decoding_message_size(MAX_REQUEST_BYTES);
         let methods = Methods::of(&[
@@ -144,6 +150,7 @@ impl Server {
         let routes = health
             .add_service(issuance)
             .add_service(credentials)
+            .add_service(workload_api)
             .add_service(reflection().build_v1().expect("our own descriptors are valid"))
             .add_service(reflection().build_v1alpha().expect("our own descriptors are valid"))
             .prepare();

@@ -75,7 +75,7 @@
 //! 4. [`signer`] and [`issue`]: one attempt, from a key to a checked certificate.
 //! 5. [`hub`]: many credentials over time; the only part with state and a schedule.
 //! 6. [`server`], `server/issuance.rs` and `server/refusal.rs`: the socket, its bounds, and what a caller is told. Then
-//!    `server/identities.rs`, with `server/workload_api.rs` on top: what is handed out unasked.
+//!    `server/identities.rs`, with `server/workload_api.rs` and `server/sds.rs` on top: what is handed out unasked.
 //! 7. [`agent`]: how the parts are put together, and how they stop.
 //! 8. [`client`] and [`cli`]: the other end of the socket.
 

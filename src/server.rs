@@ -14,6 +14,7 @@ mod issuance;
 mod limits;
 mod methods;
 mod refusal;
+mod sds;
 pub mod stop;
 mod workload_api;
 
@@ -38,7 +39,10 @@ use crate::{
     hub::Hub,
     metrics::{ConnectionRefused, Metrics, counted},
     policy::Ask,
-    proto::{self, spiffe::spiffe_workload_api_server::SpiffeWorkloadApiServer, v1},
+    proto::{
+        self, envoy::service::secret::v3::secret_discovery_service_server::SecretDiscoveryServiceServer,
+        spiffe::spiffe_workload_api_server::SpiffeWorkloadApiServer, v1,
+    },
     telemetry,
 };
 
@@ -48,6 +52,7 @@ pub use limits::Limits;
 use limits::{Place, Seat, Tally};
 use methods::Methods;
 use refusal::Refusal;
+pub use sds::{MAX_DISCOVERY_REQUEST_BYTES, MAX_SECRET_NAME_BYTES, MAX_SECRETS};
 
 /// Calls under way at once on one connection; hyper refuses one more with REFUSED_STREAM.
 pub const MAX_STREAMS_PER_CONNECTION: u32 = 128;
@@ -134,6 +139,8 @@ impl Server {
             .max_decoding_message_size(MAX_REQUEST_BYTES);
         let workload_api = workload_api::WorkloadApi::new(engine.clone());
         let workload_api = SpiffeWorkloadApiServer::new(workload_api).max_decoding_message_size(MAX_REQUEST_BYTES);
+        let sds = sds::Sds::new(engine.clone());
+        let sds = SecretDiscoveryServiceServer::new(sds).max_decoding_message_size(MAX_DISCOVERY_REQUEST_BYTES);
         let credentials = v1::status_service_server::StatusServiceServer::new(credentials::Credentials::new(engine))
             .max_decoding_message_size(MAX_REQUEST_BYTES);
         let methods = Methods::of(&[
@@ -151,6 +158,7 @@ impl Server {
             .add_service(issuance)
             .add_service(credentials)
             .add_service(workload_api)
+            .add_service(sds)
             .add_service(reflection().build_v1().expect("our own descriptors are valid"))
             .add_service(reflection().build_v1alpha().expect("our own descriptors are valid"))
             .prepare();
@@ -270,7 +278,8 @@ impl Server {
         connection.spoke.notify_one();
         let answer = self.admit(connection.principal).map(|(arriving, open)| {
             let span = telemetry::rpc_span(request.headers(), self.methods.known(request.uri().path()));
-            let mut request = request.map(|body| TimeoutBody::new(REQUEST_BODY_TIMEOUT, body));
+            let stall = if sds::goes_on(request.uri().path()) { Duration::MAX } else { REQUEST_BODY_TIMEOUT };
+            let mut request = request.map(|body| TimeoutBody::new(stall, body));
             let arrival = Arrival { connection: connection.clone(), span, _place: Arc::new(arriving) };
             request.extensions_mut().insert(arrival);
             // Routes are always ready.

@@ -97,6 +97,12 @@ impl Identities {
         Ok(identities)
     }
 
+    /// Wants these certificates from now on, and no others.
+    pub(super) fn want(&mut self, wanted: impl Fn(usize, &str) -> bool + Send + Sync + 'static) {
+        self.wanted = Box::new(wanted);
+        self.ask_for_wanted();
+    }
+
     /// The identities; at least one.
     pub(super) fn list(&self) -> &[Identity] {
         &self.list

@@ -45,6 +45,7 @@ mod tests {
             "/csrd.v1.CertificateService/WhoAmI",
             "/csrd.v1.StatusService/ListCredentials",
             "/SpiffeWorkloadAPI/FetchX509SVID",
+            "/envoy.service.secret.v3.SecretDiscoveryService/DeltaSecrets",
         ] {
             assert_eq!(methods.known(served), served);
         }

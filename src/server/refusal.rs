@@ -167,6 +167,8 @@ mod tests {
             include_str!("issuance/subscribe.rs"),
             include_str!("identities.rs"),
             include_str!("workload_api.rs"),
+            include_str!("sds.rs"),
+            include_str!("sds/secrets.rs"),
         ] {
             let code = own.split("#[cfg(test)]").next().unwrap().lines().filter(|line| !line.starts_with("//"));
             for line in code.filter(|line| line.contains("Code::") || line.contains("_CODE")) {

@@ -17,6 +17,7 @@ mod hostile_h2;
 mod issue;
 mod openssl;
 mod raw_h2;
+mod sds;
 mod start;
 mod stop;
 mod telemetry;

@@ -661,6 +661,33 @@ mod tests {
     }
 
     #[test]
+    fn what_is_said_is_cut_one_past_its_bound() {
+        let text = |chars| "\u{e9}".repeat(chars);
+        assert_eq!(shown(&text(MAX_SHOWN_CHARS)), format!("{:?}", text(MAX_SHOWN_CHARS)));
+        assert_eq!(shown(&text(MAX_SHOWN_CHARS + 1)), format!("\"{}…\"", text(MAX_SHOWN_CHARS)));
+        let denial = |bytes| clipped_bytes("a".repeat(bytes), MAX_DENIAL_BYTES);
+        assert_eq!(denial(MAX_DENIAL_BYTES), "a".repeat(MAX_DENIAL_BYTES));
+        assert_eq!(denial(MAX_DENIAL_BYTES + 1), "a".repeat(MAX_DENIAL_BYTES - "…".len()) + "…");
+        let policies = set(&policy("p", ""));
+        for names in [MAX_REFUSALS, MAX_REFUSALS + 1] {
+            let names: String = (0..names).map(|n| format!("dns=n{n} ")).collect();
+            let text = denied(&policies, &ask(&names), "NAME_NOT_ALLOWED");
+            assert_eq!(text.matches("dnsNames: ").count(), MAX_REFUSALS, "{text}");
+        }
+    }
+
+    #[test]
+    fn to_the_ask_of_an_offer_its_own_policy_says_what_it_offers() {
+        // The first policy would allow the same names, with another lifetime.
+        let first = policy("a", "  allow: {uris: ['spiffe://example.org/*'], lifetime: {default: 2h, max: 24h}}");
+        let policies = set(&(first + &policy("b", "  offer: [{spiffeId: 'spiffe://example.org/web'}]")));
+        for offer in offers(&policies, &web()) {
+            assert_eq!(granted(&policies, &offer.ask()), offer.grant);
+        }
+        assert_eq!(granted(&policies, &ask("uri=spiffe://example.org/web")).policy(), "a");
+    }
+
+    #[test]
     fn a_view_tells_the_caller_its_own_part() {
         let web = policy("web", &(ALLOW.to_owned() + "\n" + &OFFERS[OFFERS.find("  offer").unwrap()..]));
         let ruled = policy("ruled", "  rules: [{expression: 'false', message: never}]\n  offer: [{dnsNames: [a]}]");

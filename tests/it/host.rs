@@ -20,7 +20,7 @@ use csrd::{
     x509::Bundle,
 };
 use hyper_util::rt::TokioIo;
-use tokio::{sync::watch, task::JoinSet, time::sleep};
+use tokio::{io::DuplexStream, sync::watch, task::JoinSet, time::sleep};
 use tokio_util::sync::CancellationToken;
 use tonic::{
     service::Routes,
@@ -133,11 +133,16 @@ impl Host {
         self.policies.send_replace(Arc::new(parse(policy)));
     }
 
-    pub(crate) async fn connect(&mut self) -> Channel {
-        let (client, io) = tokio::io::duplex(64 * 1024);
+    /// The client's end of a connection that holds so many bytes.
+    pub(crate) fn pipe(&mut self, bytes: usize) -> DuplexStream {
+        let (client, io) = tokio::io::duplex(bytes);
         let (server, caller) = (self.server.clone(), Caller::Fixed(Arc::new(Workload::of_uid(UID))));
         self.connections.spawn(async move { server.connection(io, UID.into(), Ok(caller)).await });
-        let mut client = Some(TokioIo::new(client));
+        client
+    }
+
+    pub(crate) async fn connect(&mut self) -> Channel {
+        let mut client = Some(TokioIo::new(self.pipe(64 * 1024)));
         let connector = tower::service_fn(move |_| {
             std::future::ready(client.take().ok_or_else(|| std::io::Error::other("one connection")))
         });

@@ -34,7 +34,10 @@ const TABLE: &[(&str, &[&str])] = &[
     ("signer", &["attest::workload", "policy", "x509", "clock", "metrics"]),
     ("issue", &["attest::workload", "policy", "x509", "signer", "clock"]),
     ("hub", &["attest::workload", "policy", "x509", "signer", "issue", "clock", "backoff", "metrics", "telemetry"]),
-    ("server", &["proto", "x509", "attest", "attest::workload", "policy", "signer", "hub", "metrics", "telemetry"]),
+    (
+        "server",
+        &["proto", "spiffe", "x509", "attest", "attest::workload", "policy", "signer", "hub", "metrics", "telemetry"],
+    ),
     ("client", &["proto", "socket", "backoff", "telemetry"]),
     ("config", &["policy", "signer", "files", "socket", "telemetry"]),
     ("agent", ANY),

@@ -262,7 +262,7 @@ impl Certificate {
                 let subscribed = subscribed.await;
                 let change = match &subscribed {
                     Ok((_, live)) => Change::Certificate(live.trace.clone()),
-                    Err(HubError::Denied(_)) => Change::Denied,
+                    Err(HubError::Denied(_) | HubError::PodGone(_)) => Change::Denied,
                     Err(_) => Change::Other,
                 };
                 *self = subscribed.map_or_else(|error| failed(&error), |(it, live)| Self::Live(it, live));
@@ -276,7 +276,7 @@ impl Certificate {
                     }
                     // The signer's roots are watched beside, and a renewal that is late is no business of these services.
                     Event::Bundle(..) | Event::Delayed(..) | Event::RotationDue(..) => continue,
-                    Event::Denied(_, denial) => (HubError::Denied(denial), Change::Denied),
+                    Event::Denied(_, lost) => (lost, Change::Denied),
                     Event::Ended(error) => (error, Change::Other),
                 };
                 *self = failed(&error);

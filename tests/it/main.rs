@@ -15,6 +15,7 @@ mod fake_agent;
 mod help;
 mod hostile_h2;
 mod issue;
+mod node;
 mod openssl;
 mod raw_h2;
 mod start;

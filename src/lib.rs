@@ -56,7 +56,8 @@
 //! | `attest::workload` | nothing of ours |
 //! | `policy` | `x509`, `attest::workload` |
 //! | `attest` | `clock` |
-//! | `policy::watch` | `policy`, `files`, `metrics` |
+//! | `attest::pods` | `attest`, `attest::workload`, `kubernetes`, `clock`, `backoff` |
+//! | `policy::watch` | `policy`, `files`, `metrics`, `kubernetes` |
 //! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `metrics` |
 //! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock` |
 //! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `metrics`, `telemetry` |

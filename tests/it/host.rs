@@ -14,7 +14,7 @@ use csrd::{
     clock::Clock,
     hub::{self, Hub, Rate},
     metrics::Metrics,
-    policy::{PolicySet, Source},
+    policy::{EMBEDDED, PolicySet, Source},
     server::{Engine, Limits, Server},
     signer::{Sign, SignError, Signing, SigningRequest, embedded},
     x509::Bundle,
@@ -156,7 +156,7 @@ impl Host {
 }
 
 fn parse(policy: &str) -> PolicySet {
-    PolicySet::parse(&[Source { origin: "test".into(), text: policy.into() }]).unwrap()
+    PolicySet::parse(&[Source { origin: "test".into(), text: policy.into() }], EMBEDDED).unwrap()
 }
 
 fn clock() -> Clock {

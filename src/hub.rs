@@ -30,7 +30,7 @@ use rand::{SeedableRng as _, rngs::StdRng};
 use tokio::sync::{Notify, watch};
 
 use crate::{
-    attest::Workload,
+    attest::{Pods, Workload},
     clock::Clock,
     issue::IssueError,
     metrics::{Metrics, SignerMetrics},
@@ -40,6 +40,7 @@ use crate::{
 };
 
 pub use entry::{Delay, Live};
+pub(crate) use flight::pods_changed;
 pub use queue::Rate;
 pub use state::Row;
 pub use subscription::{Event, Subscription};
@@ -79,6 +80,8 @@ pub struct Parts {
     pub clock: Clock,
     /// Policies in force.
     pub policies: watch::Receiver<Arc<PolicySet>>,
+    /// The pods of this node, in a cluster: what a credential's owner is now.
+    pub pods: Option<Pods>,
     /// Signers this agent has; a grant names one of them.
     pub signers: Vec<Arc<dyn Sign>>,
     /// Issuances to all signers together.
@@ -98,6 +101,7 @@ pub struct Hub(Arc<Shared>);
 struct Shared {
     clock: Clock,
     policies: watch::Receiver<Arc<PolicySet>>,
+    pods: Option<Pods>,
     signers: HashMap<String, Signer>,
     metrics: Metrics,
     principals: queue::KeyedLimiter,
@@ -159,6 +163,7 @@ impl Hub {
             state: Mutex::new(State::new(Queue::new(parts.signer_rate), StdRng::seed_from_u64(parts.seed))),
             clock: parts.clock,
             policies: parts.policies,
+            pods: parts.pods,
             signers,
             metrics: parts.metrics,
             principals: queue::keyed_limiter(parts.principal_rate),
@@ -223,7 +228,7 @@ impl Hub {
         let subscription = {
             let mut state = self.lock();
             match state.entries.get(&id) {
-                Some(entry) if *entry.workload == *workload => {
+                Some(entry) if entry.is_of(workload) => {
                     self.confirm(&mut state, id)?;
                     self.join(&mut state, id)
                 }
@@ -259,6 +264,25 @@ impl Hub {
         self.0.policies.clone()
     }
 
+    /// Tells of every change of a pod; never, outside of a cluster.
+    pub fn watch_pods(&self) -> Option<watch::Receiver<u64>> {
+        self.0.pods.as_ref().map(Pods::changed)
+    }
+
+    /// What `workload` is now: a pod may have been relabelled since it was attested.
+    ///
+    /// # Errors
+    /// [`HubError::PodGone`].
+    pub fn now_of(&self, workload: &Arc<Workload>) -> Result<Arc<Workload>, HubError> {
+        let (Some(pods), Some(pod)) = (&self.0.pods, workload.pod()) else { return Ok(workload.clone()) };
+        match pods.by_uid(&pod.uid) {
+            Some(now) => Ok(now),
+            None if pods.synced() => Err(HubError::PodGone(workload.to_string())),
+            // Nobody has said that it is gone.
+            None => Ok(workload.clone()),
+        }
+    }
+
     /// What the policies in force say, with those policies.
     fn decide(&self, workload: &Workload, ask: &Ask) -> Result<(Grant, Arc<PolicySet>), HubError> {
         let policies = self.policies();
@@ -284,13 +308,28 @@ impl Hub {
         Ok(Some(self.join(&mut state, id)))
     }
 
-    /// Makes sure that the entry's grant stands under the policies in force, which may be newer than the last sweep.
+    /// Makes sure that the entry's grant stands under the policies in force and for what its workload is now, which may be
+    /// newer than the last sweep.
     fn confirm(&self, state: &mut State, id: u128) -> Result<(), HubError> {
-        let policies = self.policies();
-        match state.redecide(id, &policies, self.0.clock.now()) {
-            Some(denial) => Err(HubError::Denied(denial)),
+        match self.revise(state, id) {
+            Some(lost) => Err(lost),
             None => Ok(()),
         }
+    }
+
+    /// Decides on an entry again if its pod or the policies have changed. A lost right ends it, and is returned.
+    fn revise(&self, state: &mut State, id: u128) -> Option<HubError> {
+        let now = self.0.clock.now();
+        if let Some(entry) = state.entries.get(&id) {
+            match self.now_of(&entry.workload) {
+                Ok(workload) => state.becomes(id, workload),
+                Err(lost) => {
+                    state.lost(id, lost.clone(), now);
+                    return Some(lost);
+                }
+            }
+        }
+        state.redecide(id, &self.policies(), now)
     }
 
     /// A follower of `id`, which must be there. An expired certificate is renewed at once.
@@ -308,6 +347,8 @@ impl Hub {
         self.signer(&entry.grant)?;
         let rx = entry.snapshot.subscribe();
         let id = state.insert(entry)?;
+        // The workload may have changed since it was attested, and the sweep that this called for may be over.
+        self.confirm(state, id)?;
         state.enqueue(id, Turn::AskedNow);
         self.publish_gauges(state);
         Ok(Subscription::new(self.clone(), id, rx))
@@ -367,6 +408,9 @@ pub enum HubError {
     /// Policy refuses.
     #[error("{0}")]
     Denied(Arc<Denial>),
+    /// The pod has ended or was deleted.
+    #[error("{0} is gone: it has ended, or was deleted or replaced")]
+    PodGone(String),
     /// A policy names a signer that this agent does not have.
     #[error("policy {policy} names signer {signer:?}; this agent has: {known}")]
     UnknownSigner {
@@ -426,6 +470,7 @@ impl HubError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Denied(denial) => denial.reason(),
+            Self::PodGone(_) => "POD_GONE",
             Self::UnknownSigner { .. } => "SIGNER_UNKNOWN",
             Self::RateLimited { .. } => "RATE_LIMITED",
             Self::TooMany { .. } => "TOO_MANY_CREDENTIALS",

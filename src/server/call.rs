@@ -37,7 +37,7 @@ impl Call {
     /// Proves the caller of a request.
     pub(super) async fn prove(engine: &Arc<Engine>, arrival: &Arrival) -> Result<Self, Refusal> {
         let (span, connection) = (arrival.span.clone(), arrival.connection.clone());
-        let attested = connection.workload(engine);
+        let attested = arrival.workload(engine);
         let workload = attested.instrument(tracing::debug_span!(parent: &span, "attest")).await?;
         Ok(Self { engine: engine.clone(), workload, span, connection, proven: Instant::now() })
     }

@@ -19,7 +19,7 @@ use tracing::Instrument as _;
 use super::{call::Call, refusal::Refusal};
 use crate::{
     attest::Workload,
-    hub::{Event, Hub, HubError, Live, Subscription},
+    hub::{Event, Hub, HubError, Live, Subscription, pods_changed},
     policy::{self, Ask, Offer, PolicySet},
     spiffe::SpiffeId,
     x509::{Bundle, Names},
@@ -39,6 +39,7 @@ pub(super) struct Identities {
     hub: Hub,
     workload: Arc<Workload>,
     policies: watch::Receiver<Arc<PolicySet>>,
+    pods: Option<watch::Receiver<u64>>,
     offered: fn(&Offer) -> bool,
     /// Those whose certificates are wanted.
     wanted: Choice,
@@ -76,6 +77,8 @@ enum Change {
     Denied,
     /// It is time to ask for it again.
     Retry,
+    /// Some pod's facts.
+    Pods,
     /// The roots, or that there is no certificate.
     Other,
 }
@@ -88,9 +91,10 @@ impl Identities {
         wanted: impl Fn(usize, &str) -> bool + Send + Sync + 'static,
     ) -> Result<Self, Refusal> {
         let hub = call.engine.hub.clone();
-        let policies = hub.watch_policies();
+        let (policies, pods) = (hub.watch_policies(), hub.watch_pods());
         let workload = call.workload.clone();
-        let mut identities = Self { hub, workload, policies, offered, wanted: Box::new(wanted), list: Vec::new() };
+        let mut identities =
+            Self { hub, workload, policies, pods, offered, wanted: Box::new(wanted), list: Vec::new() };
         identities.follow_policies()?;
         Ok(identities)
     }
@@ -143,17 +147,37 @@ impl Identities {
     /// Waits for the next change, and returns the trace of a new certificate. Cancel safe.
     ///
     /// # Errors
-    /// No policy offers anything any more.
+    /// No policy offers anything any more, or the pod is gone.
     pub(super) async fn changed(&mut self) -> Result<Option<SpanContext>, Refusal> {
+        loop {
+            let (change, at) = self.next_change().await;
+            if !matches!(change, Change::Pods) {
+                return self.take_in(change, at);
+            }
+            let now = self.hub.now_of(&self.workload).map_err(|lost| Refusal::from(&lost))?;
+            // Most changes are another pod's.
+            if *now != *self.workload {
+                self.workload = now;
+                self.follow_policies()?;
+                return Ok(None);
+            }
+        }
+    }
+
+    async fn next_change(&mut self) -> (Change, Option<usize>) {
         let changes = self.list.iter_mut().map(|identity| Box::pin(identity.changed()));
-        let (change, at) = tokio::select! {
+        tokio::select! {
             biased;
             Ok(()) = self.policies.changed() => (Change::Other, None),
+            () = pods_changed(&mut self.pods) => (Change::Pods, None),
             (change, at, _) = select_all(changes) => (change, Some(at)),
-        };
+        }
+    }
+
+    fn take_in(&mut self, change: Change, at: Option<usize>) -> Result<Option<SpanContext>, Refusal> {
         match (change, at) {
             (Change::Certificate(trace), _) => return Ok(trace),
-            (Change::Other, Some(_)) => {}
+            (Change::Other, Some(_)) | (Change::Pods, _) => {}
             (Change::Retry, _) => self.ask_for_wanted(),
             (Change::Denied, _) if !self.policies.has_changed().unwrap_or(false) => {}
             (Change::Denied | Change::Other, _) => self.follow_policies()?,
@@ -263,7 +287,7 @@ impl Certificate {
                 let subscribed = subscribed.await;
                 let change = match &subscribed {
                     Ok((_, live)) => Change::Certificate(live.trace.clone()),
-                    Err(HubError::Denied(_)) => Change::Denied,
+                    Err(HubError::Denied(_) | HubError::PodGone(_)) => Change::Denied,
                     Err(_) => Change::Other,
                 };
                 *self = subscribed.map_or_else(|error| failed(&error), |(it, live)| Self::Live(it, live));
@@ -277,7 +301,7 @@ impl Certificate {
                     }
                     // The signer's roots are watched beside, and a renewal that is late is no business of these services.
                     Event::Bundle(..) | Event::Delayed(..) | Event::RotationDue(..) => continue,
-                    Event::Denied(_, denial) => (HubError::Denied(denial), Change::Denied),
+                    Event::Denied(_, lost) => (lost, Change::Denied),
                     Event::Ended(error) => (error, Change::Other),
                 };
                 *self = failed(&error);

@@ -106,6 +106,7 @@ impl Host {
         let hub = Hub::new(hub::Parts {
             clock: clock(),
             policies: policies.subscribe(),
+            pods: None,
             signers: signers.iter().map(|signer| signer.clone() as Arc<dyn Sign>).collect(),
             signer_rate: Rate { per_second: NonZeroU32::MAX, burst: NonZeroU32::MAX },
             principal_rate,

@@ -6,7 +6,7 @@ use tonic::{Code, Status};
 use tracing::Instrument as _;
 
 use crate::{
-    hub::{Event, HubError, Subscription},
+    hub::{Event, Subscription},
     metrics::{Counted, counted},
     proto::v1::{self, subscribe_response},
     server::{call::Call, convert, refusal::Refusal},
@@ -106,9 +106,9 @@ async fn deliver(state: &mut State, event: Event) -> Result<v1::SubscribeRespons
         Event::RotationDue(_, live) => subscribe_response::Event::RenewalDue(v1::RenewalDue {
             expires_at: Some(convert::timestamp(live.credential.not_after())),
         }),
-        Event::Denied(_, denial) => {
-            let (reason, message) = (denial.reason().to_owned(), denial.to_string());
-            state.last = Some(Refusal::from(&HubError::Denied(denial)));
+        Event::Denied(_, lost) => {
+            let (reason, message) = (lost.reason().to_owned(), lost.to_string());
+            state.last = Some(Refusal::from(&lost));
             subscribe_response::Event::Denied(v1::Denied { reason, message })
         }
         Event::Ended(error) => return Err(Refusal::from(&error)),

@@ -33,7 +33,7 @@ pub(crate) fn policy(name: &str, signer: &str, offers: &[&str]) -> String {
     format!(
         "apiVersion: csrd.dev/v1alpha1\nkind: CertificatePolicy\nmetadata: {{name: {name}}}\nspec:\n  \
          match: {{unix: {{uids: [{UID}]}}}}\n  signer: {signer}\n  \
-         allow: {{lifetime: {{min: 1m, default: 1h, max: 24h}}}}\n{offers}---\n"
+         allow: {{lifetime: {{min: 10m, default: 1h, max: 24h}}}}\n{offers}---\n"
     )
 }
 

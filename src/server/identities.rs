@@ -16,10 +16,7 @@ use tokio::{
 use tonic::Code;
 use tracing::Instrument as _;
 
-use super::{
-    call::Call,
-    refusal::{Refusal, SIGNER_UNKNOWN_CODE},
-};
+use super::{call::Call, refusal::Refusal};
 use crate::{
     attest::Workload,
     hub::{Event, Hub, HubError, Live, Subscription, pods_changed},
@@ -33,7 +30,7 @@ pub const MAX_IDENTITIES: usize = 100;
 /// How long after a failure a certificate is asked for again.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
-/// Of an identity at that place and of that name.
+/// Whether the identity at that place and of that name is meant.
 type Choice = Box<dyn Fn(usize, &str) -> bool + Send + Sync>;
 type Subscribing = Pin<Box<dyn Future<Output = Result<(Subscription, Live), HubError>> + Send>>;
 
@@ -44,7 +41,7 @@ pub(super) struct Identities {
     policies: watch::Receiver<Arc<PolicySet>>,
     pods: Option<watch::Receiver<u64>>,
     offered: fn(&Offer) -> bool,
-    /// Whether its certificate is wanted.
+    /// Those whose certificates are wanted.
     wanted: Choice,
     list: Vec<Identity>,
 }
@@ -59,7 +56,8 @@ pub(super) struct Identity {
     pub(super) certificate: Certificate,
     ask: Ask,
     signer: String,
-    roots: watch::Receiver<Arc<Bundle>>,
+    /// `None` when the policy names a signer that is not there.
+    roots: Option<watch::Receiver<Arc<Bundle>>>,
 }
 
 /// Where the certificate of an identity stands.
@@ -137,8 +135,8 @@ impl Identities {
     pub(super) fn bundles(&self) -> BTreeMap<&str, Vec<Arc<Bundle>>> {
         let mut bundles: BTreeMap<&str, Vec<Arc<Bundle>>> = BTreeMap::new();
         for identity in &self.list {
-            let Some(trust_domain) = &identity.trust_domain else { continue };
-            let (of_domain, roots) = (bundles.entry(trust_domain).or_default(), identity.roots());
+            let (Some(trust_domain), Some(roots)) = (&identity.trust_domain, identity.roots()) else { continue };
+            let of_domain = bundles.entry(trust_domain).or_default();
             if !of_domain.contains(&roots) {
                 of_domain.push(roots);
             }
@@ -203,7 +201,7 @@ impl Identities {
             let at_hand = before.iter().position(|it| (&it.ask, it.signer.as_str()) == (&ask, signer));
             let mut identity = match at_hand {
                 Some(at) => before.swap_remove(at),
-                None => Identity::new(&self.hub, ask, signer)?,
+                None => Identity::new(&self.hub, ask, signer),
             };
             identity.hint = offer.hint;
             self.list.push(identity);
@@ -247,27 +245,30 @@ fn spiffe_id(names: &Names) -> Option<SpiffeId> {
 }
 
 impl Identity {
-    fn new(hub: &Hub, ask: Ask, signer: &str) -> Result<Self, Refusal> {
-        let roots = hub.bundle(signer).ok_or_else(|| {
-            let message = format!("a policy names signer {signer:?}, which this agent does not have");
-            Refusal::new(SIGNER_UNKNOWN_CODE, "SIGNER_UNKNOWN", message)
-        })?;
+    fn new(hub: &Hub, ask: Ask, signer: &str) -> Self {
+        let roots = hub.bundle(signer);
         let spiffe_id = spiffe_id(&ask.names);
         let trust_domain = spiffe_id.as_ref().map(|id| id.trust_domain().to_owned());
         let name = spiffe_id.map(|id| id.as_str().to_owned());
         let name = name.or_else(|| ask.names.dns.first().map(ToString::to_string)).unwrap_or_default();
         let (hint, certificate, signer) = (String::new(), Certificate::Unwanted, signer.to_owned());
-        Ok(Self { name, trust_domain, hint, certificate, ask, signer, roots })
+        Self { name, trust_domain, hint, certificate, ask, signer, roots }
     }
 
     /// The roots of its signer, never older than its certificate.
-    pub(super) fn roots(&self) -> Arc<Bundle> {
-        self.roots.borrow().clone()
+    pub(super) fn roots(&self) -> Option<Arc<Bundle>> {
+        self.roots.as_ref().map(|roots| roots.borrow().clone())
     }
 
     async fn changed(&mut self) -> Change {
+        let roots = async {
+            match &mut self.roots {
+                Some(roots) => roots.changed().await.is_ok(),
+                None => false,
+            }
+        };
         tokio::select! {
-            Ok(()) = self.roots.changed() => Change::Other,
+            true = roots => Change::Other,
             change = self.certificate.changed() => change,
         }
     }

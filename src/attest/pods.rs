@@ -33,6 +33,8 @@ use self::{
     follow::follow,
     state::{Found, State},
 };
+#[cfg(any(test, feature = "testing"))]
+use super::PodFacts;
 use super::{AttestError, Workload, cgroup::InPod};
 use crate::clock::Clock;
 
@@ -226,5 +228,17 @@ impl fmt::Display for Scope {
             Self::Node(node) => write!(f, "node {node}"),
             Self::Cluster => f.write_str("the cluster"),
         }
+    }
+}
+
+/// Pods that nobody follows, for tests of what stands on them.
+#[cfg(any(test, feature = "testing"))]
+impl Pods {
+    /// As after a list of these pods and of their namespaces, which have the labels of the last pod in each.
+    pub fn list_for_test(&self, pods: Vec<PodFacts>) {
+        let namespaces = pods.iter().map(|pod| (pod.namespace.clone(), pod.namespace_labels.clone())).collect();
+        self.apply(|state| state.namespaces(follow::Change::All(namespaces)));
+        self.apply(|state| state.pods(follow::Change::All(pods.into_iter().map(state::Reported::live).collect())));
+        self.want_services(false);
     }
 }

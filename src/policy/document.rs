@@ -26,6 +26,8 @@ const MAX_SYNTAX_CHARS: usize = 300;
 pub const API_VERSION: &str = "csrd.dev/v1alpha1";
 /// The `kind` of a policy.
 pub const KIND: &str = "CertificatePolicy";
+/// The name of policies in paths of the Kubernetes API.
+pub const PLURAL: &str = "certificatepolicies";
 
 /// Policy text with the name by which problems in it are reported, usually a file path.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -318,6 +320,18 @@ spec:
         let (documents, problems) = read_text(&many(MAX_DOCUMENTS));
         assert_eq!((documents.len(), problems), (MAX_DOCUMENTS, Vec::new()));
         refused(&many(MAX_DOCUMENTS + 1), "p.yaml: it has more than 256 documents");
+    }
+
+    #[test]
+    fn what_is_repeated_of_a_file_is_cut_one_past_its_bound() {
+        let message = |chars: usize| {
+            let (_, problems) = read_text(&format!("{}: 1", "k".repeat(chars)));
+            problems[0].message.clone()
+        };
+        let around = message(1).chars().count() - 1;
+        assert_eq!(message(MAX_SYNTAX_CHARS - around).chars().count(), MAX_SYNTAX_CHARS);
+        let cut = message(MAX_SYNTAX_CHARS - around + 1);
+        assert_eq!((cut.chars().count(), cut.chars().last()), (MAX_SYNTAX_CHARS + 1, Some('…')));
     }
 
     #[test]

@@ -21,8 +21,7 @@ use super::{
     refusal::{Refusal, SIGNER_UNKNOWN_CODE},
 };
 use crate::{
-    attest::Workload,
-    hub::{Event, Hub, HubError, Live, Subscription},
+    hub::{Event, Following, Hub, HubError, Live, Subscription},
     policy::{self, Ask, Offer, PolicySet},
     spiffe::SpiffeId,
     x509::{Bundle, Names},
@@ -40,7 +39,7 @@ type Subscribing = Pin<Box<dyn Future<Output = Result<(Subscription, Live), HubE
 /// The identities of one workload, in order of policy name and then as offered; those without a SPIFFE ID come last.
 pub(super) struct Identities {
     hub: Hub,
-    workload: Arc<Workload>,
+    workload: Following,
     policies: watch::Receiver<Arc<PolicySet>>,
     offered: fn(&Offer) -> bool,
     /// Whether its certificate is wanted.
@@ -91,7 +90,7 @@ impl Identities {
     ) -> Result<Self, Refusal> {
         let hub = call.engine.hub.clone();
         let policies = hub.watch_policies();
-        let workload = call.workload.clone();
+        let workload = hub.watch_workload(call.workload.clone());
         let mut identities = Self { hub, workload, policies, offered, wanted: Box::new(wanted), list: Vec::new() };
         identities.follow_policies()?;
         Ok(identities)
@@ -145,12 +144,16 @@ impl Identities {
     /// Waits for the next change, and returns the trace of a new certificate. Cancel safe.
     ///
     /// # Errors
-    /// No policy offers anything any more.
+    /// No policy offers anything any more, or the pod is gone.
     pub(super) async fn changed(&mut self) -> Result<Option<SpanContext>, Refusal> {
         let changes = self.list.iter_mut().map(|identity| Box::pin(identity.changed()));
         let (change, at) = tokio::select! {
             biased;
             Ok(()) = self.policies.changed() => (Change::Other, None),
+            other = self.workload.changed() => {
+                other.map_err(|gone| Refusal::from(&gone))?;
+                (Change::Other, None)
+            }
             (change, at, _) = select_all(changes) => (change, Some(at)),
         };
         match (change, at) {
@@ -166,11 +169,11 @@ impl Identities {
     /// Takes in what the policies in force offer, and keeps what is at hand of it.
     fn follow_policies(&mut self) -> Result<(), Refusal> {
         let policies = self.policies.borrow_and_update().clone();
-        let mut offers = policy::offers(&policies, &self.workload);
+        let mut offers = policy::offers(&policies, self.workload.workload());
         offers.retain(self.offered);
         offers.sort_by_key(|offer| !is_spiffe(offer));
         if offers.len() > MAX_IDENTITIES {
-            let (workload, offers) = (&self.workload, offers.len());
+            let (workload, offers) = (self.workload.workload(), offers.len());
             tracing::warn!(%workload, offers, "policies offer more identities than {MAX_IDENTITIES}; the last are left out");
         }
         let mut before = mem::take(&mut self.list);
@@ -185,7 +188,7 @@ impl Identities {
             self.list.push(identity);
         }
         if self.list.is_empty() {
-            let denial = policy::nothing_offered(&policies, &self.workload);
+            let denial = policy::nothing_offered(&policies, self.workload.workload());
             return Err(Refusal::new(Code::PermissionDenied, denial.reason(), denial.to_string()));
         }
         self.ask_for_wanted();
@@ -200,7 +203,8 @@ impl Identities {
                 Certificate::Pending(_) | Certificate::Live(..) if wanted => {}
                 _ if !wanted => identity.certificate = Certificate::Unwanted,
                 _ => {
-                    let (hub, workload, ask) = (self.hub.clone(), self.workload.clone(), identity.ask.clone());
+                    let workload = self.workload.workload().clone();
+                    let (hub, ask) = (self.hub.clone(), identity.ask.clone());
                     let subscribed = async move {
                         let mut subscription = hub.subscribe(workload, ask, None).await?;
                         let live = subscription.first().await?;

@@ -18,8 +18,7 @@ use tracing::Instrument as _;
 
 use super::{call::Call, refusal::Refusal};
 use crate::{
-    attest::Workload,
-    hub::{Event, Hub, HubError, Live, Subscription, pods_changed},
+    hub::{Event, Following, Hub, HubError, Live, Subscription},
     policy::{self, Ask, Offer, PolicySet},
     spiffe::SpiffeId,
     x509::{Bundle, Names},
@@ -37,9 +36,8 @@ type Subscribing = Pin<Box<dyn Future<Output = Result<(Subscription, Live), HubE
 /// The identities of one workload, in order of policy name and then as offered; those without a SPIFFE ID come last.
 pub(super) struct Identities {
     hub: Hub,
-    workload: Arc<Workload>,
+    workload: Following,
     policies: watch::Receiver<Arc<PolicySet>>,
-    pods: Option<watch::Receiver<u64>>,
     offered: fn(&Offer) -> bool,
     /// Those whose certificates are wanted.
     wanted: Choice,
@@ -77,8 +75,6 @@ enum Change {
     Denied,
     /// It is time to ask for it again.
     Retry,
-    /// Some pod's facts.
-    Pods,
     /// The roots, or that there is no certificate.
     Other,
 }
@@ -91,10 +87,9 @@ impl Identities {
         wanted: impl Fn(usize, &str) -> bool + Send + Sync + 'static,
     ) -> Result<Self, Refusal> {
         let hub = call.engine.hub.clone();
-        let (policies, pods) = (hub.watch_policies(), hub.watch_pods());
-        let workload = call.workload.clone();
-        let mut identities =
-            Self { hub, workload, policies, pods, offered, wanted: Box::new(wanted), list: Vec::new() };
+        let policies = hub.watch_policies();
+        let workload = hub.watch_workload(call.workload.clone());
+        let mut identities = Self { hub, workload, policies, offered, wanted: Box::new(wanted), list: Vec::new() };
         identities.follow_policies()?;
         Ok(identities)
     }
@@ -149,35 +144,19 @@ impl Identities {
     /// # Errors
     /// No policy offers anything any more, or the pod is gone.
     pub(super) async fn changed(&mut self) -> Result<Option<SpanContext>, Refusal> {
-        loop {
-            let (change, at) = self.next_change().await;
-            if !matches!(change, Change::Pods) {
-                return self.take_in(change, at);
-            }
-            let now = self.hub.now_of(&self.workload).map_err(|lost| Refusal::from(&lost))?;
-            // Most changes are another pod's.
-            if *now != *self.workload {
-                self.workload = now;
-                self.follow_policies()?;
-                return Ok(None);
-            }
-        }
-    }
-
-    async fn next_change(&mut self) -> (Change, Option<usize>) {
         let changes = self.list.iter_mut().map(|identity| Box::pin(identity.changed()));
-        tokio::select! {
+        let (change, at) = tokio::select! {
             biased;
             Ok(()) = self.policies.changed() => (Change::Other, None),
-            () = pods_changed(&mut self.pods) => (Change::Pods, None),
+            other = self.workload.changed() => {
+                other.map_err(|gone| Refusal::from(&gone))?;
+                (Change::Other, None)
+            }
             (change, at, _) = select_all(changes) => (change, Some(at)),
-        }
-    }
-
-    fn take_in(&mut self, change: Change, at: Option<usize>) -> Result<Option<SpanContext>, Refusal> {
+        };
         match (change, at) {
             (Change::Certificate(trace), _) => return Ok(trace),
-            (Change::Other, Some(_)) | (Change::Pods, _) => {}
+            (Change::Other, Some(_)) => {}
             (Change::Retry, _) => self.ask_for_wanted(),
             (Change::Denied, _) if !self.policies.has_changed().unwrap_or(false) => {}
             (Change::Denied | Change::Other, _) => self.follow_policies()?,
@@ -188,11 +167,11 @@ impl Identities {
     /// Takes in what the policies in force offer, and keeps what is at hand of it.
     fn follow_policies(&mut self) -> Result<(), Refusal> {
         let policies = self.policies.borrow_and_update().clone();
-        let mut offers = policy::offers(&policies, &self.workload);
+        let mut offers = policy::offers(&policies, self.workload.workload());
         offers.retain(self.offered);
         offers.sort_by_key(|offer| !is_spiffe(offer));
         if offers.len() > MAX_IDENTITIES {
-            let (workload, offers) = (&self.workload, offers.len());
+            let (workload, offers) = (self.workload.workload(), offers.len());
             tracing::warn!(%workload, offers, "policies offer more identities than {MAX_IDENTITIES}; the last are left out");
         }
         let mut before = mem::take(&mut self.list);
@@ -207,7 +186,7 @@ impl Identities {
             self.list.push(identity);
         }
         if self.list.is_empty() {
-            let denial = policy::nothing_offered(&policies, &self.workload);
+            let denial = policy::nothing_offered(&policies, self.workload.workload());
             return Err(Refusal::new(Code::PermissionDenied, denial.reason(), denial.to_string()));
         }
         self.ask_for_wanted();
@@ -222,7 +201,8 @@ impl Identities {
                 Certificate::Pending(_) | Certificate::Live(..) if wanted => {}
                 _ if !wanted => identity.certificate = Certificate::Unwanted,
                 _ => {
-                    let (hub, workload, ask) = (self.hub.clone(), self.workload.clone(), identity.ask.clone());
+                    let workload = self.workload.workload().clone();
+                    let (hub, ask) = (self.hub.clone(), identity.ask.clone());
                     let subscribed = async move {
                         let mut subscription = hub.subscribe(workload, ask, None).await?;
                         let live = subscription.first().await?;

@@ -18,6 +18,7 @@ mod hostile_h2;
 mod issue;
 mod node;
 mod openssl;
+mod pods;
 mod raw_h2;
 mod sds;
 mod start;

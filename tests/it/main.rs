@@ -17,6 +17,7 @@ mod host;
 mod hostile_h2;
 mod issue;
 mod openssl;
+mod policies;
 mod raw_h2;
 mod sds;
 mod start;

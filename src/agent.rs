@@ -27,10 +27,11 @@ use crate::{
     attest::{self, Attestor},
     clock::Clock,
     config::RateFile,
-    hub::{self, Hub, Rate},
+    hub::{self, Hub},
     metrics::Metrics,
     policy::PolicySet,
     proto::v1::certificate_service_server::SERVICE_NAME,
+    rate::Rate,
     server::{
         self, Engine, Server,
         admin::{Admin, Readiness},

@@ -35,12 +35,12 @@ use crate::{
     issue::IssueError,
     metrics::{Metrics, SignerMetrics},
     policy::{self, Ask, Denial, Grant, PolicySet},
+    rate::{Buckets, Rate},
     signer::{Sign, Stage},
     x509::{Bundle, Csr},
 };
 
 pub use entry::{Delay, Live};
-pub use queue::Rate;
 pub use state::Row;
 pub use subscription::{Event, Subscription};
 
@@ -100,7 +100,7 @@ struct Shared {
     policies: watch::Receiver<Arc<PolicySet>>,
     signers: HashMap<String, Signer>,
     metrics: Metrics,
-    principals: queue::KeyedLimiter,
+    principals: Buckets<u64>,
     /// Tells `run` that there is something to start or an earlier moment to wake at.
     wake: Notify,
     state: Mutex<State>,
@@ -161,7 +161,7 @@ impl Hub {
             policies: parts.policies,
             signers,
             metrics: parts.metrics,
-            principals: queue::keyed_limiter(parts.principal_rate),
+            principals: Buckets::new(parts.principal_rate),
             wake: Notify::new(),
         }))
     }
@@ -314,8 +314,7 @@ impl Hub {
 
     /// Charges the principal for one issuance.
     fn admit(&self, workload: &Workload) -> Result<(), HubError> {
-        queue::check(&self.0.principals, workload.principal())
-            .map_err(|retry_after| HubError::RateLimited { retry_after })
+        self.0.principals.check(&workload.principal()).map_err(|retry_after| HubError::RateLimited { retry_after })
     }
 
     /// Whether the entry's owner is `workload`, or is what is left of it and policy still grants it the same certificate.

@@ -52,14 +52,15 @@
 //! | `socket` | nothing of ours |
 //! | `telemetry` | nothing of ours |
 //! | `kubernetes` | nothing of ours |
+//! | `rate` | nothing of ours |
 //! | `x509` | `spiffe` |
 //! | `attest::workload` | nothing of ours |
 //! | `policy` | `x509`, `attest::workload` |
 //! | `attest` | `clock` |
 //! | `policy::watch` | `policy`, `files`, `metrics` |
-//! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `metrics` |
+//! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `kubernetes`, `metrics` |
 //! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock` |
-//! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `metrics`, `telemetry` |
+//! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `rate`, `metrics`, `telemetry` |
 //! | `server` | `proto`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `hub`, `metrics`, `telemetry` |
 //! | `client` | `proto`, `socket`, `backoff`, `telemetry` |
 //! | `config` | `policy`, `signer`, `files`, `socket`, `telemetry` |
@@ -94,6 +95,7 @@ pub mod kubernetes;
 pub mod metrics;
 pub mod policy;
 pub mod proto;
+pub mod rate;
 pub mod server;
 pub mod signer;
 pub mod socket;

@@ -9,10 +9,11 @@ use std::{
 use csrd::{
     attest::{Attestor, Caller, Workload},
     clock::Clock,
-    hub::{self, Hub, Rate},
+    hub::{self, Hub},
     metrics::Metrics,
     policy::{PolicySet, Source},
     proto::v1::{self, certificate_service_client::CertificateServiceClient, issue_certificate_response::Event},
+    rate::Rate,
     server::{Engine, Limits, Server, stop},
     signer::{Sign, SignError, Signing, SigningRequest, embedded},
     x509::Bundle,

@@ -14,6 +14,10 @@ use kube::{
 pub const SIGNER: &str = "csrd.dev/workload";
 /// Group of our own resources.
 pub const GROUP: &str = "csrd.dev";
+/// The ConfigMap that the controller publishes the roots of [`SIGNER`] in.
+pub const TRUST_BUNDLE: &str = "csrd-trust-bundle";
+/// The key of [`TRUST_BUNDLE`] that holds them, as PEM.
+pub const TRUST_BUNDLE_KEY: &str = "ca.crt";
 
 /// Annotations of a CertificateSigningRequest that an agent made: for which pod, and within which trace.
 pub mod annotation {

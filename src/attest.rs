@@ -28,6 +28,7 @@ use self::{
 pub use self::{
     kernel::Capabilities,
     peer::Peer,
+    pods::Pods,
     stream::{PeerStream, prepare_listener},
     workload::{Facts, PodFacts, UnixFacts, Workload},
 };
@@ -38,6 +39,7 @@ mod executable;
 mod kernel;
 mod names;
 mod peer;
+pub mod pods;
 mod proc;
 mod stream;
 mod workload;
@@ -277,6 +279,29 @@ pub enum AttestError {
         /// Path in another.
         other: String,
     },
+    /// The process is in a cgroup that looks like a pod's and proves none.
+    #[error(
+        "the caller's cgroup {path:?} has the name of a pod's and not its place, or names no container; \
+         it is taken neither for that pod nor for a process of this host"
+    )]
+    PodCgroup {
+        /// Path of the cgroup.
+        path: String,
+    },
+    /// No live pod is known by that UID.
+    #[error("the caller is in a pod with UID {uid:?}, which is not known: {why}")]
+    PodUnknown {
+        /// The pod's UID.
+        uid: String,
+        /// Why not.
+        why: String,
+    },
+    /// The caller's container is another pod's than its cgroup says.
+    #[error("the caller's cgroup is of the pod with UID {uid:?}, and its container belongs to another pod")]
+    PodContradicted {
+        /// UID of the pod that its cgroup names.
+        uid: String,
+    },
     /// More groups than [`MAX_GROUPS`].
     #[error("the caller is in {count} groups, at most {MAX_GROUPS} are examined")]
     TooManyGroups {
@@ -305,6 +330,9 @@ impl AttestError {
             Self::ForeignUserNamespace => "PEER_FOREIGN_USER_NAMESPACE",
             Self::SocketPassed { .. } => "PEER_SOCKET_PASSED",
             Self::CgroupsDisagree { .. } => "PEER_CGROUPS_DISAGREE",
+            Self::PodCgroup { .. } => "POD_CGROUP_UNCLEAR",
+            Self::PodUnknown { .. } => "POD_UNKNOWN",
+            Self::PodContradicted { .. } => "POD_CONTRADICTED",
             Self::TooManyGroups { .. } => "PEER_TOO_MANY_GROUPS",
             Self::Unreadable { .. } => "ATTEST_UNREADABLE",
         }
@@ -312,7 +340,7 @@ impl AttestError {
 
     /// Whether the same call on the same connection may succeed later.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::KeepsChanging { .. } | Self::Unreadable { .. })
+        matches!(self, Self::KeepsChanging { .. } | Self::PodUnknown { .. } | Self::Unreadable { .. })
     }
 }
 

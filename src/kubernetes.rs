@@ -90,6 +90,25 @@ pub async fn connect(kubeconfig: Option<&Path>) -> Result<Client, ConnectError> 
     Ok(Client::try_from(config)?)
 }
 
+/// What went wrong, in the API server's own words where it answered.
+pub fn said(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => status.message.clone(),
+        error => {
+            let mut text = error.to_string();
+            let mut cause = std::error::Error::source(error);
+            while let Some(error) = cause {
+                // Some print their cause themselves.
+                if !text.ends_with(&error.to_string()) {
+                    text = format!("{text}: {error}");
+                }
+                cause = error.source();
+            }
+            text
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -25,7 +25,7 @@ use crate::{
     clock::Clock,
     config::LimitsFile,
     metrics::Metrics,
-    policy::{PolicySet, Source},
+    policy::{EMBEDDED, PolicySet, Source},
     proto::v1,
     server::{Limits, admin::Readiness},
     signer::{
@@ -153,7 +153,7 @@ spec:
     lifetime: {{default: {LIFETIME_SECONDS}s, max: {LIFETIME_SECONDS}s}}
 "
     );
-    PolicySet::parse(&[Source { origin: "demo".to_owned(), text }]).expect("the demo's policy is valid")
+    PolicySet::parse(&[Source { origin: "demo".to_owned(), text }], EMBEDDED).expect("the demo's policy is valid")
 }
 
 fn say(line: std::fmt::Arguments<'_>) -> anyhow::Result<()> {

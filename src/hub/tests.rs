@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::{
-    policy::Source,
+    policy::{EMBEDDED, Source},
     signer::{SignError, Signing, SigningRequest, embedded},
     x509::{DnsName, KeyAlgorithm, Names, PrivateKey, Usages},
 };
@@ -149,7 +149,7 @@ spec:
 ",
         dns.iter().map(|name| format!("'{name}'")).collect::<Vec<_>>().join(", ")
     );
-    Arc::new(PolicySet::parse(&[Source { origin: "test".into(), text }]).expect("the policy is valid"))
+    Arc::new(PolicySet::parse(&[Source { origin: "test".into(), text }], EMBEDDED).expect("the policy is valid"))
 }
 
 fn ask(name: &str) -> Ask {
@@ -442,7 +442,7 @@ async fn a_certificate_that_policy_has_replaced_is_given_to_nobody_new() {
             "apiVersion: csrd.dev/v1alpha1\nkind: CertificatePolicy\nmetadata: {{name: test}}\n\
              spec: {{match: {{unix: {{uids: [1]}}}}, offer: [{{spiffeId: '{id}'}}]}}\n"
         );
-        Arc::new(PolicySet::parse(&[Source { origin: "test".into(), text }]).unwrap())
+        Arc::new(PolicySet::parse(&[Source { origin: "test".into(), text }], EMBEDDED).unwrap())
     };
     let whatever = Ask { names: Names::default(), ..ask("a.example.org") };
     let subscribe = || bench.hub.subscribe(Arc::new(Workload::of_uid(1)), whatever.clone(), None);
@@ -551,7 +551,7 @@ async fn a_policy_that_names_an_unknown_signer_is_said_to() {
     let bench = Bench::new();
     let mut text = String::from("apiVersion: csrd.dev/v1alpha1\nkind: CertificatePolicy\nmetadata: {name: far}\n");
     text += "spec: {match: {unix: {uids: [1]}}, signer: example.com/far, allow: {dnsNames: ['*.example.org']}}\n";
-    let set = PolicySet::parse(&[Source { origin: "test".into(), text }]).unwrap();
+    let set = PolicySet::parse(&[Source { origin: "test".into(), text }], EMBEDDED).unwrap();
     bench.policies.send_replace(Arc::new(set));
     let error = bench.subscribe(1, "a.example.org").await.expect_err("no such signer");
     assert_eq!(error.to_string(), "policy far names signer \"example.com/far\"; this agent has: embedded");

@@ -4,7 +4,7 @@
 //! text: size, nesting, aliases and documents are bounded. Says nothing about meaning; `compile` judges that. The shape
 //! is a structural one (no untyped values), so that it can become a Kubernetes CRD as it is.
 
-use std::fmt;
+use std::{collections::BTreeMap, fmt};
 
 use serde::Deserialize;
 use serde_saphyr::{Options, Spanned, options::MergeKeyPolicy};
@@ -15,7 +15,7 @@ use super::clipped;
 pub const MAX_SOURCE_BYTES: usize = 1 << 20;
 /// Documents in one policy file.
 pub const MAX_DOCUMENTS: usize = 256;
-/// Mappings and lists inside each other; the document's own shape needs 6.
+/// Mappings and lists inside each other; the document's own shape needs 8.
 const MAX_DEPTH: usize = 16;
 /// YAML events that aliases may replay in one file.
 const MAX_REPLAYED_EVENTS: usize = 10_000;
@@ -92,11 +92,12 @@ pub(super) struct Spec {
     pub(super) offer: List<Offer>,
 }
 
-/// One optional section for each kind of workload; a workload of a kind that is absent does not match.
+/// One section for each kind of workload, of which a policy has exactly one.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub(super) struct Match {
     pub(super) unix: Option<Spanned<UnixMatch>>,
+    pub(super) kubernetes: Option<Spanned<KubernetesMatch>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -108,6 +109,31 @@ pub(super) struct UnixMatch {
     pub(super) executables: List<String>,
     pub(super) executable_sha256: List<String>,
     pub(super) systemd_units: List<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct KubernetesMatch {
+    pub(super) namespaces: List<String>,
+    pub(super) namespace_selector: Option<Selector>,
+    pub(super) pod_selector: Option<Selector>,
+    pub(super) service_accounts: List<String>,
+}
+
+/// A Kubernetes `LabelSelector`; an empty one selects everything.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Selector {
+    pub(super) match_labels: Option<Spanned<BTreeMap<String, Spanned<String>>>>,
+    pub(super) match_expressions: List<Requirement>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Requirement {
+    pub(super) key: Spanned<String>,
+    pub(super) operator: Spanned<String>,
+    pub(super) values: List<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     files::{self, FileError},
     metrics::Metrics,
-    policy::{MAX_SOURCE_BYTES, PolicySet, Problem, Source},
+    policy::{EMBEDDED, MAX_SOURCE_BYTES, PolicySet, Problem, Source},
 };
 
 /// Policy files in one set.
@@ -194,7 +194,7 @@ pub fn read_set(paths: &[PathBuf]) -> Result<PolicySet, LoadError> {
 }
 
 fn parse(content: &Content) -> Result<PolicySet, Vec<Problem>> {
-    content.as_ref().map_err(Clone::clone).and_then(|sources| PolicySet::parse(sources))
+    content.as_ref().map_err(Clone::clone).and_then(|sources| PolicySet::parse(sources, EMBEDDED))
 }
 
 async fn read_apart(paths: &[PathBuf]) -> Content {

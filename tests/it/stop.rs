@@ -11,7 +11,7 @@ use csrd::{
     clock::Clock,
     hub::{self, Hub},
     metrics::Metrics,
-    policy::{PolicySet, Source},
+    policy::{EMBEDDED, PolicySet, Source},
     proto::v1::{self, certificate_service_client::CertificateServiceClient, issue_certificate_response::Event},
     rate::Rate,
     server::{Engine, Limits, Server, stop},
@@ -80,7 +80,7 @@ impl Host {
             (Clock::paused(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)), Metrics::new());
         let ca = embedded::Embedded::ephemeral(embedded::DEFAULT_CA_LIFETIME, &clock, metrics.signer("embedded"));
         let policy = Source { origin: "test".into(), text: policy_for(&[UID]) };
-        let policies = watch::Sender::new(Arc::new(PolicySet::parse(&[policy]).unwrap()));
+        let policies = watch::Sender::new(Arc::new(PolicySet::parse(&[policy], EMBEDDED).unwrap()));
         let rate = Rate { per_second: NonZeroU32::MAX, burst: NonZeroU32::MAX };
         let hub = Hub::new(hub::Parts {
             clock,

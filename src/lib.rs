@@ -89,6 +89,7 @@ pub mod cli;
 pub mod client;
 pub mod clock;
 pub mod config;
+pub mod controller;
 pub mod files;
 pub mod hub;
 pub mod issue;

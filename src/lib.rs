@@ -58,7 +58,7 @@
 //! | `policy` | `x509`, `attest::workload` |
 //! | `attest` | `clock` |
 //! | `attest::pods` | `attest`, `attest::workload`, `kubernetes`, `clock`, `backoff` |
-//! | `policy::watch` | `policy`, `files`, `metrics` |
+//! | `policy::watch` | `policy`, `files`, `metrics`, `kubernetes` |
 //! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `kubernetes`, `metrics` |
 //! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock` |
 //! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `rate`, `metrics`, `telemetry` |

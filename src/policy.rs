@@ -30,7 +30,7 @@ use std::{
 
 pub use cel::{MAX_COST, MAX_DEPTH, MAX_EXPRESSION_BYTES, MAX_RULE_GROUPS, MAX_RULE_LABELS};
 pub use compile::{MAX_ENTRIES, MAX_HINT_BYTES, MAX_MESSAGE_CHARS, MAX_OFFERS, MAX_RULES};
-pub use document::{API_VERSION, KIND, MAX_DOCUMENTS, MAX_SOURCE_BYTES, Problem, Source};
+pub use document::{API_VERSION, KIND, MAX_DOCUMENTS, MAX_SOURCE_BYTES, PLURAL, Problem, Source};
 pub use fact::MAX_SERVICES;
 pub use signers::{EMBEDDED, MAX_SIGNER_BYTES, MIN_REQUESTED_LIFETIME};
 pub use template::MAX_PATTERN_BYTES;
@@ -146,6 +146,19 @@ impl PolicySet {
     pub fn parse(sources: &[Source], default_signer: &str) -> Result<Self, Vec<Problem>> {
         let policies = compile::compile(sources, default_signer)?;
         Ok(Self { policies: policies.into_iter().map(Arc::new).collect() })
+    }
+
+    /// One set of all these, which have different names. It takes as many as [`MAX_POLICIES`] and leaves out the rest.
+    fn join<'a>(sets: impl IntoIterator<Item = &'a Self>) -> Self {
+        let mut policies: Vec<_> = sets.into_iter().flat_map(|set| &set.policies).take(MAX_POLICIES).cloned().collect();
+        policies.sort_by(|a, b| a.name.cmp(&b.name));
+        Self { policies }
+    }
+
+    /// Whether it holds the very same policies: equal texts read twice are two.
+    fn is_same_as(&self, other: &Self) -> bool {
+        self.policies.len() == other.policies.len()
+            && self.policies.iter().zip(&other.policies).all(|(a, b)| Arc::ptr_eq(a, b))
     }
 
     /// How many policies there are.

@@ -26,6 +26,8 @@ const MAX_SYNTAX_CHARS: usize = 300;
 pub const API_VERSION: &str = "csrd.dev/v1alpha1";
 /// The `kind` of a policy.
 pub const KIND: &str = "CertificatePolicy";
+/// The name of policies in paths of the Kubernetes API.
+pub const PLURAL: &str = "certificatepolicies";
 
 /// Policy text with the name by which problems in it are reported, usually a file path.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -31,7 +31,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ("policy", &["x509", "attest::workload"]),
     ("attest", &["clock"]),
     ("attest::pods", &["attest", "attest::workload", "kubernetes", "clock", "backoff"]),
-    ("policy::watch", &["policy", "files", "metrics"]),
+    ("policy::watch", &["policy", "files", "metrics", "kubernetes"]),
     ("signer", &["attest::workload", "policy", "x509", "clock", "kubernetes", "metrics"]),
     ("issue", &["attest::workload", "policy", "x509", "signer", "clock"]),
     (

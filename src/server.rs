@@ -16,7 +16,9 @@ pub mod stop;
 
 use std::{convert::Infallible, pin::pin, sync::Arc, time::Duration};
 
-use hyper::{HeaderMap, Request, Response, body::Incoming, server::conn::http2, service::service_fn};
+use hyper::{
+    HeaderMap, Request, Response, body::Incoming, header::AUTHORIZATION, server::conn::http2, service::service_fn,
+};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -31,7 +33,7 @@ use tower::Service as _;
 use tower_http::timeout::TimeoutBody;
 
 use crate::{
-    attest::{AttestError, Attestor, Caller, Peer, PeerStream, Workload},
+    attest::{AttestError, Attestor, Caller, Peer, PeerStream, Token, TokenError, Workload},
     hub::Hub,
     metrics::{ConnectionRefused, Metrics, counted},
     policy::Ask,
@@ -60,7 +62,7 @@ pub const MAX_UNSENT_BYTES: usize = 8 * 1024;
 pub const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a request's message may stall.
 pub const REQUEST_BODY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Stands for the principal of callers whose process is unknown: they share one principal's bounds.
+/// Stands for the principal of callers whose process or pod is unknown: they share one principal's bounds.
 const UNKNOWN: u64 = u64::MAX;
 /// How often a silent connection is asked whether its client still answers.
 pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(300);
@@ -115,6 +117,7 @@ struct Connection {
 struct Arrival {
     connection: Arc<Connection>,
     span: tracing::Span,
+    token: Result<Option<Token>, TokenError>,
     /// Given up when the message is there.
     _place: Arc<Place>,
 }
@@ -160,7 +163,8 @@ impl Server {
                 accepted = listener.accept() => match accepted {
                     Ok((stream, _)) => {
                         let peer = Peer::of(&stream, &self.attestor).map(Arc::new);
-                        let principal = peer.as_ref().map_or(UNKNOWN, |peer| peer.uid().into());
+                        let principal = peer.as_ref().ok().and_then(|peer| self.attestor.principal(peer));
+                        let principal = principal.unwrap_or(UNKNOWN);
                         let Some(seat) = self.tally.connection(principal) else {
                             self.metrics.connection_refused(ConnectionRefused::TooMany);
                             continue;
@@ -262,9 +266,13 @@ impl Server {
     ) -> impl Future<Output = Result<Response<Body>, Infallible>> + Send + use<> {
         connection.spoke.notify_one();
         let answer = self.admit(connection.principal).map(|(arriving, open)| {
+            let mut request = request;
+            let token =
+                Token::in_headers(request.headers().get_all(AUTHORIZATION).iter().map(|value| value.as_bytes()));
+            request.headers_mut().remove(AUTHORIZATION);
             let span = telemetry::rpc_span(request.headers(), self.methods.known(request.uri().path()));
             let mut request = request.map(|body| TimeoutBody::new(REQUEST_BODY_TIMEOUT, body));
-            let arrival = Arrival { connection: connection.clone(), span, _place: Arc::new(arriving) };
+            let arrival = Arrival { connection: connection.clone(), span, token, _place: Arc::new(arriving) };
             request.extensions_mut().insert(arrival);
             // Routes are always ready.
             (self.routes.clone().call(request), open)
@@ -314,6 +322,16 @@ impl Charge {
         if refused {
             self.tally.refused(self.principal);
         }
+    }
+}
+
+impl Arrival {
+    /// Who calls, proven now, by the token as well if there is one.
+    async fn workload(&self, engine: &Engine) -> Result<Arc<Workload>, Refusal> {
+        let workload = self.connection.workload(engine).await?;
+        let confirmed = engine.attestor.confirm(&workload, &self.token).await;
+        confirmed.map_err(|error| refused(&engine.metrics, &error))?;
+        Ok(workload)
     }
 }
 

@@ -97,10 +97,13 @@ impl Pods {
             Found::Contradiction => Some(Err(AttestError::PodContradicted { uid: process.uid.clone() })),
             Found::Nothing => None,
         };
-        self.wait(look).await.unwrap_or_else(|| {
-            let why = self.ready().err().unwrap_or_else(|| format!("no live pod of {} has it", self.0.scope));
-            Err(AttestError::PodUnknown { uid: process.uid.clone(), why })
-        })
+        self.wait(look).await.unwrap_or_else(|| Err(self.unknown(&process.uid)))
+    }
+
+    /// That no live pod has that UID, and why.
+    pub(super) fn unknown(&self, uid: &str) -> AttestError {
+        let why = self.ready().err().unwrap_or_else(|| format!("no live pod of {} has it", self.0.scope));
+        AttestError::PodUnknown { uid: uid.to_owned(), why }
     }
 
     /// Whether everything that policies ask for has been listed. Stays so while the API server is away.

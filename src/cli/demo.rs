@@ -64,6 +64,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
         socket: folder.path().join("csrd.sock"),
         admin: None,
         policies: in_force,
+        cluster: None,
         signers: vec![signer.clone() as Arc<dyn Sign>],
         signer_rate: limits.all.into(),
         principal_rate: limits.per_workload.into(),

@@ -104,6 +104,7 @@ impl Bench {
         let hub = Hub::new(Parts {
             clock: clock.clone(),
             policies: policies.subscribe(),
+            pods: None,
             signers: vec![signer.clone()],
             signer_rate,
             principal_rate: rate(principal),
@@ -534,6 +535,7 @@ async fn a_lost_flight_fails_its_own_caller_only() {
     let hub = Hub::new(Parts {
         clock: bench.clock.clone(),
         policies: bench.policies.subscribe(),
+        pods: None,
         signers: vec![Arc::new(Panics(watch::Sender::new(bundle)))],
         signer_rate: rate(100),
         principal_rate: rate(100),

@@ -48,7 +48,7 @@ impl Issuance {
     async fn call<T>(&self, request: &Request<T>) -> Result<Call, Status> {
         let arrival = request.extensions().get::<Arrival>().expect("the server sets it");
         let (span, connection) = (arrival.span.clone(), arrival.connection.clone());
-        let attested = connection.workload(&self.engine);
+        let attested = arrival.workload(&self.engine);
         let attested = attested.instrument(tracing::debug_span!(parent: &span, "attest")).await;
         let workload = attested.map_err(|status| ended(&span, status))?;
         Ok(Call { engine: self.engine.clone(), connection, workload, proven: Instant::now(), span })

@@ -74,6 +74,7 @@ impl Host {
         let hub = Hub::new(hub::Parts {
             clock,
             policies,
+            pods: None,
             signers: vec![Arc::new(signer)],
             signer_rate: rate,
             principal_rate: rate,

@@ -85,6 +85,7 @@ impl Host {
         let hub = Hub::new(hub::Parts {
             clock,
             policies: policies.subscribe(),
+            pods: None,
             signers: vec![Arc::new(Slow { ca: ca.unwrap(), delay })],
             signer_rate: rate,
             principal_rate: rate,

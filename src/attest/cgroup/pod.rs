@@ -10,7 +10,7 @@
 //! `/../../kubepods-burstable-podU.slice/cri-containerd-C.scope`. What is above the first name is then an ancestor of
 //! the agent's by construction.
 
-use super::AttestError;
+use crate::attest::AttestError;
 
 /// A process's pod and container, as its cgroup names them.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -66,7 +66,7 @@ pub(super) fn answers(
                 Ok(Issued { certificate, subscription })
             }
             Event::Ended(error) => Err(error),
-            Event::Denied(_, denial) => Err(HubError::Denied(denial)),
+            Event::Denied(_, lost) => Err(lost),
             // A new credential's first event is its certificate.
             _ => Err(HubError::Stopping),
         }

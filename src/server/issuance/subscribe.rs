@@ -7,7 +7,7 @@ use tracing::{Instrument as _, Span};
 
 use super::{Call, ended};
 use crate::{
-    hub::{Event, HubError, Subscription},
+    hub::{Event, Subscription},
     metrics::{Counted, counted},
     proto::v1::{self, subscribe_response},
     server::{convert, refusal::Refusal},
@@ -113,9 +113,9 @@ async fn deliver(state: &mut State, event: Event) -> Result<v1::SubscribeRespons
         Event::RotationDue(_, live) => subscribe_response::Event::RenewalDue(v1::RenewalDue {
             expires_at: Some(convert::timestamp(live.credential.not_after())),
         }),
-        Event::Denied(_, denial) => {
-            let (reason, message) = (denial.reason().to_owned(), denial.to_string());
-            state.last = Some(Refusal::from(&HubError::Denied(denial)));
+        Event::Denied(_, lost) => {
+            let (reason, message) = (lost.reason().to_owned(), lost.to_string());
+            state.last = Some(Refusal::from(&lost));
             subscribe_response::Event::Denied(v1::Denied { reason, message })
         }
         Event::Ended(error) => return Err(Refusal::from(&error)),

@@ -16,28 +16,36 @@ mod leader;
 mod publication;
 mod queue;
 mod requests;
+mod statuses;
 mod verdict;
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use kube::Client;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use self::{answer::Answers, denials::Denials, leader::Election, publication::Publication, verdict::Rules};
+use self::{
+    answer::Answers, denials::Denials, leader::Election, publication::Publication, statuses::Statuses, verdict::Rules,
+};
 pub use self::{
     answer::{ANSWER_WITHIN, MAX_MESSAGE_BYTES, SECOND_LOOK},
+    denials::EVENT_RATE,
     leader::{LEASE_DURATION, RENEW_WITHIN, RETRY},
     publication::WANTED,
-    queue::{MAX_UNDER_WAY_PER_NODE, MAX_WAITING, MAX_WAITING_PER_NODE, MIN_WAITING_PER_NODE},
+    queue::{MAX_UNDER_WAY_PER_NODE, MAX_WAITING, MAX_WAITING_PER_NODE, MIN_WAITING_PER_NODE, REMEMBERED},
     requests::{MAX_UNDER_WAY, PAGE, SWEEP_PAUSE},
     verdict::{MAX_ANNOTATION_BYTES, MIN_EXPIRATION_SECONDS},
 };
 use crate::{
-    attest::Pods,
+    attest::pods::Pods,
     clock::Clock,
     metrics::{self, Metrics},
-    policy::PolicySet,
+    policy::{PolicySet, watch::Examined},
     rate::Rate,
     signer::{
         Sign as _,
@@ -47,6 +55,8 @@ use crate::{
 
 /// Name of the Lease.
 pub const LEASE: &str = "csrd-controller";
+/// The longest that a stop takes.
+pub const STOP_WITHIN: Duration = Duration::from_secs(5);
 
 /// What a controller is made of.
 pub struct Parts {
@@ -72,6 +82,8 @@ pub struct Parts {
     pub pods: Pods,
     /// Policies in force.
     pub policies: watch::Receiver<Arc<PolicySet>>,
+    /// What became of each policy, for its status.
+    pub examined: watch::Receiver<BTreeMap<String, Examined>>,
     /// Wall clock.
     pub clock: Clock,
     /// Counters and gauges.
@@ -139,8 +151,10 @@ impl Parts {
                 requests::run(answers, self.per_node).await;
             }
         };
+        let statuses =
+            Statuses::new(self.client.clone(), &self.identity, self.clock.clone(), self.examined.clone()).run();
         // The term ends by being dropped.
-        tokio::join!(signer.run(CancellationToken::new()), publication.run(), requests);
+        tokio::join!(signer.run(CancellationToken::new()), publication.run(), requests, statuses);
     }
 
     async fn open(&self) -> Result<Embedded, EmbeddedError> {

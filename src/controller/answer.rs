@@ -33,7 +33,7 @@ use super::{
     verdict::{Approval, Claim, PodName, Refusal, Request, Rules},
 };
 use crate::{
-    attest::{Pods, Workload},
+    attest::{Workload, pods::Pods},
     backoff::Backoff,
     clock::Clock,
     metrics::{Metrics, SignerMetrics},

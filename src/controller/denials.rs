@@ -1,6 +1,6 @@
 //! Denials as Events of the pods they concern, for whoever runs them: `kubectl describe pod` shows why.
 //!
-//! At most [`RATE`], whatever is denied: Events are for people, and a stolen token must not fill etcd with them. What is
+//! At most [`EVENT_RATE`], whatever is denied: Events are for people, and a stolen token must not fill etcd with them. What is
 //! not told here is in the request's condition and counted. Only of pods that are there, on their own node.
 
 use std::num::NonZeroU32;
@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Events written.
-pub const RATE: Rate =
+pub const EVENT_RATE: Rate =
     Rate { per_second: NonZeroU32::new(2).expect("not zero"), burst: NonZeroU32::new(50).expect("not zero") };
 /// A writer of Events, which counts those that are alike as one.
 pub(super) fn recorder(client: Client, identity: &str) -> Recorder {
@@ -35,7 +35,7 @@ pub(super) struct Denials {
 
 impl Denials {
     pub(super) fn new(client: Client, identity: &str) -> Self {
-        Self { recorder: recorder(client, identity), rate: Bucket::new(RATE) }
+        Self { recorder: recorder(client, identity), rate: Bucket::new(EVENT_RATE) }
     }
 
     /// Tells of a denial, unless too much has been told of late.

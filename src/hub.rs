@@ -23,7 +23,7 @@ use std::{
     fmt,
     hash::{Hash, Hasher},
     sync::{Arc, Mutex, MutexGuard},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use rand::{SeedableRng as _, rngs::StdRng};
@@ -251,6 +251,16 @@ impl Hub {
     /// The policies in force.
     pub fn policies(&self) -> Arc<PolicySet> {
         self.0.policies.borrow().clone()
+    }
+
+    /// The wall clock by which certificates are judged here.
+    pub fn now(&self) -> SystemTime {
+        self.0.clock.now()
+    }
+
+    /// The policies in force, as they change.
+    pub fn watch_policies(&self) -> watch::Receiver<Arc<PolicySet>> {
+        self.0.policies.clone()
     }
 
     /// What the policies in force say, with those policies.

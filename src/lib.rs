@@ -62,9 +62,10 @@
 //! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `kubernetes`, `metrics` |
 //! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock` |
 //! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `rate`, `metrics`, `telemetry` |
-//! | `server` | `proto`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `hub`, `metrics`, `telemetry` |
+//! | `server` | `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `hub`, `metrics`, `telemetry` |
+//! | `controller` | `attest::pods`, `attest::workload`, `policy`, `policy::watch`, `x509`, `signer`, `kubernetes`, `clock`, `backoff`, `rate`, `metrics`, `telemetry` |
 //! | `client` | `proto`, `socket`, `backoff`, `telemetry` |
-//! | `config` | `policy`, `signer`, `files`, `socket`, `telemetry` |
+//! | `config` | `controller`, `policy`, `signer`, `files`, `socket`, `telemetry` |
 //! | `agent` | everything |
 //! | `cli` | everything |
 //! | `main` | everything |
@@ -76,7 +77,8 @@
 //! 3. [`policy`], then `policy/document.rs` and `policy/judge.rs`: who may have what.
 //! 4. [`signer`] and [`issue`]: one attempt, from a key to a checked certificate.
 //! 5. [`hub`]: many credentials over time; the only part with state and a schedule.
-//! 6. [`server`], `server/issuance.rs` and `server/refusal.rs`: the socket, its bounds, and what a caller is told.
+//! 6. [`server`], `server/issuance.rs` and `server/refusal.rs`: the socket, its bounds, and what a caller is told. Then
+//!    `server/identities.rs`, with `server/workload_api.rs` and `server/sds.rs` on top: what is handed out unasked.
 //! 7. [`agent`]: how the parts are put together, and how they stop.
 //! 8. [`client`] and [`cli`]: the other end of the socket.
 

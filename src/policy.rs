@@ -248,8 +248,8 @@ impl Denial {
         }
     }
 
-    fn new(facts: &Facts, ask: &Ask, refused: &BTreeMap<&str, Vec<Refusal>>) -> Self {
-        let text = match (&ask.policy, refused.is_empty()) {
+    fn new(facts: &Facts, policy: Option<&str>, refused: &BTreeMap<&str, Vec<Refusal>>) -> Self {
+        let text = match (policy, refused.is_empty()) {
             // An unknown policy and one for somebody else read the same.
             (Some(name), true) => format!("no policy named {} matches {facts}", shown(name)),
             (None, true) => format!("no policy matches {facts}; csrd whoami says why for each of them"),
@@ -292,7 +292,7 @@ pub fn decide(policies: &PolicySet, workload: &Workload, ask: &Ask) -> Result<Gr
             }
         }
     }
-    Err(Denial::new(facts, ask, &refused))
+    Err(Denial::new(facts, ask.policy.as_deref(), &refused))
 }
 
 fn candidates<'a>(policies: &'a PolicySet, ask: &Ask) -> impl Iterator<Item = &'a Policy> {
@@ -311,6 +311,15 @@ pub struct Offer {
     /// The operator's hint to a workload with several identities (SPIFFE Workload API section 5.2.1); unique among the
     /// offers of one call, may be empty.
     pub hint: String,
+}
+
+impl Offer {
+    /// The ask to which the policy that offers it, and no other, says the same as to the offer.
+    pub fn ask(&self) -> Ask {
+        let Terms { names, usages, key, policy, .. } = &self.grant.0;
+        let names = names.clone();
+        Ask { names, usages: *usages, key: *key, lifetime: None, signer: None, policy: Some(policy.clone()) }
+    }
 }
 
 /// Everything the policies hand out to `workload` unasked, in order of policy name and then as written. An offer whose
@@ -343,6 +352,29 @@ fn is_object_name(name: &str) -> bool {
             && !label.ends_with('-')
     };
     name.len() <= MAX_NAME_BYTES && name.split('.').all(is_label)
+}
+
+/// Why [`offers`] has nothing for `workload`, or nothing with a SPIFFE ID: what becomes of each offer of each policy that
+/// matches.
+pub fn nothing_offered(policies: &PolicySet, workload: &Workload) -> Denial {
+    let facts = workload.facts();
+    let nothing = |text: String| vec![Refusal { reason: Reason::NothingOffered, text }];
+    let mut refused = BTreeMap::new();
+    for policy in policies.policies.iter().filter(|policy| policy.whom.mismatch(facts).is_none()) {
+        let against = |offer| match judge::ask_of_offer(policy, offer, facts) {
+            Err(why) => nothing(format!("an offer is void: {why}")),
+            Ok(ask) => match judge(policy, facts, &ask) {
+                Err(refusals) => refusals,
+                Ok(_) => nothing("an offer has no spiffeId".to_owned()),
+            },
+        };
+        let mut refusals: Vec<_> = policy.offers.iter().flat_map(against).collect();
+        if refusals.is_empty() {
+            refusals = nothing("it offers nothing unasked".to_owned());
+        }
+        refused.insert(policy.name.as_str(), refusals);
+    }
+    Denial::new(facts, None, &refused)
 }
 
 /// Foreign text made safe to show: quoted, control characters escaped, cut short.
@@ -672,6 +704,33 @@ mod tests {
         let hostile = Workload::for_test(UnixFacts { executable: Some("/tmp/\n\u{1b}[31m".to_owned()), ..facts() });
         let text = decide(&PolicySet::default(), &hostile, &ask("dns=a")).unwrap_err().to_string();
         assert!(!text.contains(char::is_control), "{text:?}");
+    }
+
+    #[test]
+    fn what_is_said_is_cut_one_past_its_bound() {
+        let text = |chars| "\u{e9}".repeat(chars);
+        assert_eq!(shown(&text(MAX_SHOWN_CHARS)), format!("{:?}", text(MAX_SHOWN_CHARS)));
+        assert_eq!(shown(&text(MAX_SHOWN_CHARS + 1)), format!("\"{}…\"", text(MAX_SHOWN_CHARS)));
+        let denial = |bytes| clipped_bytes("a".repeat(bytes), MAX_DENIAL_BYTES);
+        assert_eq!(denial(MAX_DENIAL_BYTES), "a".repeat(MAX_DENIAL_BYTES));
+        assert_eq!(denial(MAX_DENIAL_BYTES + 1), "a".repeat(MAX_DENIAL_BYTES - "…".len()) + "…");
+        let policies = set(&policy("p", ""));
+        for names in [MAX_REFUSALS, MAX_REFUSALS + 1] {
+            let names: String = (0..names).map(|n| format!("dns=n{n} ")).collect();
+            let text = denied(&policies, &ask(&names), "NAME_NOT_ALLOWED");
+            assert_eq!(text.matches("dnsNames: ").count(), MAX_REFUSALS, "{text}");
+        }
+    }
+
+    #[test]
+    fn to_the_ask_of_an_offer_its_own_policy_says_what_it_offers() {
+        // The first policy would allow the same names, with another lifetime.
+        let first = policy("a", "  allow: {uris: ['spiffe://example.org/*'], lifetime: {default: 2h, max: 24h}}");
+        let policies = set(&(first + &policy("b", "  offer: [{spiffeId: 'spiffe://example.org/web'}]")));
+        for offer in offers(&policies, &web()) {
+            assert_eq!(granted(&policies, &offer.ask()), offer.grant);
+        }
+        assert_eq!(granted(&policies, &ask("uri=spiffe://example.org/web")).policy(), "a");
     }
 
     #[test]

@@ -6,13 +6,17 @@
 
 pub mod admin;
 pub mod authority;
+mod call;
 mod convert;
 mod credentials;
+mod identities;
 mod issuance;
 mod limits;
 mod methods;
 mod refusal;
+mod sds;
 pub mod stop;
+mod workload_api;
 
 use std::{convert::Infallible, pin::pin, sync::Arc, time::Duration};
 
@@ -37,15 +41,20 @@ use crate::{
     hub::Hub,
     metrics::{ConnectionRefused, Metrics, counted},
     policy::Ask,
-    proto::{self, v1},
+    proto::{
+        self, envoy::service::secret::v3::secret_discovery_service_server::SecretDiscoveryServiceServer,
+        spiffe::spiffe_workload_api_server::SpiffeWorkloadApiServer, v1,
+    },
     telemetry,
 };
 
 use authority::AuthorityStream;
+pub use identities::MAX_IDENTITIES;
 pub use limits::Limits;
 use limits::{Place, Seat, Tally};
 use methods::Methods;
 use refusal::Refusal;
+pub use sds::{MAX_DISCOVERY_REQUEST_BYTES, MAX_SECRET_NAME_BYTES, MAX_SECRETS};
 
 /// Calls under way at once on one connection; hyper refuses one more with REFUSED_STREAM.
 pub const MAX_STREAMS_PER_CONNECTION: u32 = 128;
@@ -131,6 +140,10 @@ impl Server {
         let issuance = issuance::Issuance::new(engine.clone());
         let issuance = v1::certificate_service_server::CertificateServiceServer::new(issuance)
             .max_decoding_message_size(MAX_REQUEST_BYTES);
+        let workload_api = workload_api::WorkloadApi::new(engine.clone());
+        let workload_api = SpiffeWorkloadApiServer::new(workload_api).max_decoding_message_size(MAX_REQUEST_BYTES);
+        let sds = sds::Sds::new(engine.clone());
+        let sds = SecretDiscoveryServiceServer::new(sds).max_decoding_message_size(MAX_DISCOVERY_REQUEST_BYTES);
         let credentials = v1::status_service_server::StatusServiceServer::new(credentials::Credentials::new(engine))
             .max_decoding_message_size(MAX_REQUEST_BYTES);
         let methods = Methods::of(&[
@@ -147,6 +160,8 @@ impl Server {
         let routes = health
             .add_service(issuance)
             .add_service(credentials)
+            .add_service(workload_api)
+            .add_service(sds)
             .add_service(reflection().build_v1().expect("our own descriptors are valid"))
             .add_service(reflection().build_v1alpha().expect("our own descriptors are valid"))
             .prepare();
@@ -271,7 +286,8 @@ impl Server {
                 Token::in_headers(request.headers().get_all(AUTHORIZATION).iter().map(|value| value.as_bytes()));
             request.headers_mut().remove(AUTHORIZATION);
             let span = telemetry::rpc_span(request.headers(), self.methods.known(request.uri().path()));
-            let mut request = request.map(|body| TimeoutBody::new(REQUEST_BODY_TIMEOUT, body));
+            let stall = if sds::goes_on(request.uri().path()) { Duration::MAX } else { REQUEST_BODY_TIMEOUT };
+            let mut request = request.map(|body| TimeoutBody::new(stall, body));
             let arrival = Arrival { connection: connection.clone(), span, token, _place: Arc::new(arriving) };
             request.extensions_mut().insert(arrival);
             // Routes are always ready.

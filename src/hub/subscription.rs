@@ -89,6 +89,20 @@ impl Subscription {
         self.hub.may_have(self.id, workload)
     }
 
+    /// The certificate of a subscription that has had no event: its first.
+    ///
+    /// # Errors
+    /// It was lost since.
+    pub async fn first(&mut self) -> Result<Live, HubError> {
+        match self.next().await {
+            Event::Certificate(_, live) => Ok(live),
+            Event::Denied(_, lost) => Err(lost),
+            Event::Ended(error) => Err(error),
+            // A credential's other events come after its certificate.
+            Event::Bundle(..) | Event::Delayed(..) | Event::RotationDue(..) => Err(HubError::Stopping),
+        }
+    }
+
     /// Whether the follower has had an event, in this stream or an earlier one.
     pub fn has_seen(&self) -> bool {
         self.seen > 0

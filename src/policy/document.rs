@@ -323,6 +323,18 @@ spec:
     }
 
     #[test]
+    fn what_is_repeated_of_a_file_is_cut_one_past_its_bound() {
+        let message = |chars: usize| {
+            let (_, problems) = read_text(&format!("{}: 1", "k".repeat(chars)));
+            problems[0].message.clone()
+        };
+        let around = message(1).chars().count() - 1;
+        assert_eq!(message(MAX_SYNTAX_CHARS - around).chars().count(), MAX_SYNTAX_CHARS);
+        let cut = message(MAX_SYNTAX_CHARS - around + 1);
+        assert_eq!((cut.chars().count(), cut.chars().last()), (MAX_SYNTAX_CHARS + 1, Some('…')));
+    }
+
+    #[test]
     fn yaml_that_grows_is_refused() {
         let lists = (1..9).map(|i| format!("a{i}: &a{i} [{}]\n", vec![format!("*a{}", i - 1); 10].join(", ")));
         refused(&format!("a0: &a0 [x]\n{}", lists.collect::<String>()), "p.yaml:");

@@ -90,7 +90,7 @@ pub fn explain(policies: &PolicySet, facts: &Facts, ask: &Ask) -> Explanation {
             }
         }
     }
-    Explanation { granted: None, verdicts, reason: Some(Denial::new(facts, ask, &refused).reason()) }
+    Explanation { granted: None, verdicts, reason: Some(Denial::new(facts, ask.policy.as_deref(), &refused).reason()) }
 }
 
 fn term_lines(terms: &Terms) -> Vec<String> {

@@ -24,7 +24,7 @@ impl v1::status_service_server::StatusService for Credentials {
         &self,
         request: Request<v1::ListCredentialsRequest>,
     ) -> Result<Response<v1::ListCredentialsResponse>, Status> {
-        let arrival = request.extensions().get::<Arrival>().expect("the server sets it");
+        let arrival = Arrival::of(&request);
         let caller = arrival.workload(&self.engine).await?;
         // A pod is nobody's operator, whatever user its image runs as, but the agent's own: who is in there is the agent.
         let operator = caller.unix().is_some_and(|unix| unix.uid == 0 || unix.uid == self.engine.operator_uid)

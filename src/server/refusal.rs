@@ -8,6 +8,8 @@
 //! | reason | code | what to do |
 //! |---|---|---|
 //! | `REQUEST_INVALID`, `NAME_INVALID` | INVALID_ARGUMENT | correct the field that the message names |
+//! | `SECURITY_HEADER_MISSING` | INVALID_ARGUMENT | call the Workload API with a client of it |
+//! | `PROFILE_DISABLED` | UNIMPLEMENTED | use X.509-SVIDs |
 //! | `CSR_TOO_LONG`, `CSR_MALFORMED`, `CSR_KEY`, `CSR_SIGNATURE`, `CSR_ATTRIBUTE`, `CSR_EXTENSION`, `CSR_CERTIFICATE_AUTHORITY`, `CSR_USAGE`, `CSR_NAME` | INVALID_ARGUMENT | make another PKCS#10 request |
 //! | `CERTIFICATE_UNKNOWN` | NOT_FOUND | subscribe with a request; ids do not outlive the agent |
 //! | `SIGNER_UNKNOWN` | FAILED_PRECONDITION | name a signer that the agent has; if it was a policy, correct the policy |
@@ -165,7 +167,15 @@ mod tests {
             let body = engine.split("fn reason(&self) -> &'static str {").nth(1).expect("every engine has one");
             made.extend(reasons(body.split("\n    }\n").next().unwrap(), '"'));
         }
-        for own in [include_str!("refusal.rs"), include_str!("issuance.rs"), include_str!("issuance/subscribe.rs")] {
+        for own in [
+            include_str!("refusal.rs"),
+            include_str!("issuance.rs"),
+            include_str!("issuance/subscribe.rs"),
+            include_str!("identities.rs"),
+            include_str!("workload_api.rs"),
+            include_str!("sds.rs"),
+            include_str!("sds/secrets.rs"),
+        ] {
             let code = own.split("#[cfg(test)]").next().unwrap().lines().filter(|line| !line.starts_with("//"));
             for line in code.filter(|line| line.contains("Code::") || line.contains("_CODE")) {
                 made.extend(reasons(line, '"'));

@@ -38,11 +38,13 @@ const TABLE: &[(&str, &[&str])] = &[
         "hub",
         &["attest::workload", "policy", "x509", "signer", "issue", "clock", "backoff", "rate", "metrics", "telemetry"],
     ),
-    ("server", &["proto", "x509", "attest", "attest::workload", "policy", "signer", "hub", "metrics", "telemetry"]),
+    (
+        "server",
+        &["proto", "spiffe", "x509", "attest", "attest::workload", "policy", "signer", "hub", "metrics", "telemetry"],
+    ),
     (
         "controller",
         &[
-            "attest",
             "attest::pods",
             "attest::workload",
             "policy",

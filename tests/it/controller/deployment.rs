@@ -12,7 +12,7 @@ use k8s_openapi::{
     ByteString,
     api::{
         certificates::v1::{CertificateSigningRequest as Request, CertificateSigningRequestCondition as Condition},
-        core::v1::{ConfigMap, Pod, ServiceAccount},
+        core::v1::{ConfigMap, Pod},
         rbac::v1::{ClusterRole, ClusterRoleBinding},
     },
     apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
@@ -48,7 +48,7 @@ pub(crate) struct Deployment {
 /// A controller that runs; killed when dropped.
 pub(crate) struct Controller {
     process: Child,
-    pub(crate) log: PathBuf,
+    log: PathBuf,
 }
 
 /// What a CSR ended with.
@@ -141,13 +141,40 @@ impl Deployment {
 
     /// Writes the policy of this deployment's workloads; its name is the deployment's work namespace.
     pub(crate) async fn policy(&self, allow: Value) {
+        let whom = json!({"kubernetes": {"namespaces": [self.work]}});
+        self.write_policy(&self.work, json!({"match": whom, "signer": self.signer, "allow": allow})).await;
+    }
+
+    pub(crate) async fn write_policy(&self, name: &str, spec: Value) {
         let policy = json!({
             "apiVersion": "csrd.dev/v1alpha1",
             "kind": "CertificatePolicy",
-            "metadata": {"name": self.work},
-            "spec": {"match": {"kubernetes": {"namespaces": [self.work]}}, "signer": self.signer, "allow": allow},
+            "metadata": {"name": name},
+            "spec": spec,
         });
-        self.policies().patch(&self.work, &PatchParams::apply("test").force(), &Patch::Apply(&policy)).await.unwrap();
+        self.policies().patch(name, &PatchParams::apply("test").force(), &Patch::Apply(&policy)).await.unwrap();
+    }
+
+    /// The condition `Accepted` of a policy, once it is `status`.
+    pub(crate) async fn condition(&self, policy: &str, status: &str) -> Value {
+        let policies = self.policies();
+        let said = async {
+            loop {
+                let policy = policies.get(policy).await.unwrap();
+                let condition = policy.data.pointer("/status/conditions/0").cloned().unwrap_or_default();
+                if condition["type"] == "Accepted" && condition["status"] == status {
+                    return condition;
+                }
+                sleep(POLL).await;
+            }
+        };
+        timeout(NEVER, said).await.expect("the policy's status")
+    }
+
+    /// Lets the controller approve for a signer of others.
+    pub(crate) async fn let_approve(&self, signer: &str) {
+        let rules = json!([{"apiGroups": ["certificates.k8s.io"], "resources": ["signers"], "resourceNames": [signer], "verbs": ["approve"]}]);
+        self.allow("csrd-controller", rules).await;
     }
 
     /// Starts a controller, with `more` in its configuration.
@@ -244,16 +271,6 @@ impl Controller {
         fs::read_to_string(&self.log).unwrap()
     }
 
-    /// Waits until the log has these words.
-    pub(crate) async fn says(&self, words: &str) {
-        let said = async {
-            while !self.said().contains(words) {
-                sleep(POLL).await;
-            }
-        };
-        timeout(NEVER, said).await.unwrap_or_else(|_| panic!("{words:?} is not in:\n{}", self.said()));
-    }
-
     pub(crate) fn leads(&self) -> bool {
         let said = self.said();
         said.matches("leads from now on").count() > said.matches("leads no more").count()
@@ -348,9 +365,8 @@ fn controller_rules(signer: &str) -> Value {
     ])
 }
 
-/// Keeps `ServiceAccount` and so on in one place for tests that make more of them.
-pub(crate) async fn account(deployment: &Deployment, name: &str) -> ServiceAccount {
-    let account = deployment.cluster.service_account(&deployment.home, name).await;
+/// Another ServiceAccount that may do what agents may.
+pub(crate) async fn account(deployment: &Deployment, name: &str) {
+    deployment.cluster.service_account(&deployment.home, name).await;
     deployment.allow(name, agent_rules()).await;
-    account
 }

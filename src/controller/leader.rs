@@ -189,3 +189,218 @@ impl Election {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        convert::Infallible,
+        sync::{Arc, Mutex},
+        time::SystemTime,
+    };
+
+    use http::{Method, Request, Response, StatusCode};
+    use http_body_util::Full;
+    use kube::client::Body;
+    use tokio::{
+        sync::watch,
+        task::JoinHandle,
+        time::{advance, timeout},
+    };
+
+    use super::*;
+
+    /// An API server that has one Lease, and answers as long as it is not silent.
+    #[derive(Clone, Default)]
+    struct Server(Arc<Mutex<Stored>>);
+
+    #[derive(Default)]
+    struct Stored {
+        lease: Option<Lease>,
+        version: u64,
+        silent: bool,
+    }
+
+    impl Server {
+        fn client(&self) -> Client {
+            let server = self.clone();
+            let service = tower::service_fn(move |request: Request<Body>| {
+                let server = server.clone();
+                async move {
+                    let (head, body) = request.into_parts();
+                    let body = body.collect_bytes().await.unwrap();
+                    if server.0.lock().unwrap().silent {
+                        std::future::pending::<()>().await;
+                    }
+                    Ok::<_, Infallible>(server.answer(&head.method, &body))
+                }
+            });
+            Client::new(service, "default")
+        }
+
+        fn answer(&self, method: &Method, body: &[u8]) -> Response<Full<bytes::Bytes>> {
+            let mut stored = self.0.lock().unwrap();
+            let held = stored.lease.as_ref().and_then(|lease| lease.metadata.resource_version.clone());
+            let sent = || serde_json::from_slice::<Lease>(body).unwrap();
+            let (code, reason) = match (method, &held) {
+                (&Method::GET | &Method::PUT, None) => (StatusCode::NOT_FOUND, "NotFound"),
+                (&Method::POST, Some(_)) => (StatusCode::CONFLICT, "AlreadyExists"),
+                (&Method::PUT, held) if sent().metadata.resource_version != *held => (StatusCode::CONFLICT, "Conflict"),
+                _ => (StatusCode::OK, ""),
+            };
+            let body = if code != StatusCode::OK {
+                let status = serde_json::json!({"status": "Failure", "code": code.as_u16(), "reason": reason});
+                status.to_string()
+            } else {
+                if method != Method::GET {
+                    stored.version += 1;
+                    let mut lease = sent();
+                    lease.metadata.resource_version = Some(stored.version.to_string());
+                    stored.lease = Some(lease);
+                }
+                serde_json::to_string(&stored.lease).unwrap()
+            };
+            Response::builder().status(code).body(Full::from(body)).unwrap()
+        }
+
+        fn be_silent(&self, silent: bool) {
+            self.0.lock().unwrap().silent = silent;
+        }
+
+        fn holder(&self) -> Option<String> {
+            self.0.lock().unwrap().lease.clone()?.spec?.holder_identity
+        }
+
+        fn transitions(&self) -> Option<i32> {
+            self.0.lock().unwrap().lease.clone()?.spec?.lease_transitions
+        }
+    }
+
+    /// A replica whose own time runs with the test's, its wall clock `behind`.
+    struct Replica {
+        leads: watch::Receiver<bool>,
+        stop: CancellationToken,
+        task: JoinHandle<()>,
+    }
+
+    impl Replica {
+        fn start(server: &Server, identity: &str, behind: Duration) -> Self {
+            let clock = Clock::paused(SystemTime::UNIX_EPOCH + Duration::from_secs(1_900_000_000) - behind);
+            let election = Election::new(server.client(), "default", "lease", identity.to_owned(), clock);
+            let (stop, (leading, leads)) = (CancellationToken::new(), watch::channel(false));
+            let task = tokio::spawn(election.run(stop.clone(), move || {
+                leading.send_replace(true);
+                let leading = Leading(leading.clone());
+                async move {
+                    let _leading = leading;
+                    std::future::pending().await
+                }
+            }));
+            Self { leads, stop, task }
+        }
+
+        fn leads(&self) -> bool {
+            *self.leads.borrow()
+        }
+
+        async fn becomes(&mut self, leader: bool) {
+            self.leads.wait_for(|leads| *leads == leader).await.unwrap();
+        }
+    }
+
+    struct Leading(watch::Sender<bool>);
+
+    impl Drop for Leading {
+        fn drop(&mut self) {
+            self.0.send_replace(false);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_leads_and_another_takes_over_only_after_it_saw_no_renewal_for_the_whole_lease() {
+        let server = Server::default();
+        let mut first = Replica::start(&server, "first", Duration::ZERO);
+        first.becomes(true).await;
+        let mut second = Replica::start(&server, "second", Duration::ZERO);
+        tokio::time::sleep(10 * LEASE_DURATION).await;
+        assert!(first.leads() && !second.leads());
+        first.task.abort();
+        let died = Instant::now();
+        second.becomes(true).await;
+        assert!(died.elapsed() >= LEASE_DURATION - RETRY && died.elapsed() <= LEASE_DURATION + 2 * RETRY);
+        assert_eq!((server.holder().as_deref(), server.transitions()), (Some("second"), Some(2)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn clocks_that_differ_change_nothing() {
+        let server = Server::default();
+        let mut first = Replica::start(&server, "first", Duration::from_secs(3600));
+        first.becomes(true).await;
+        let second = Replica::start(&server, "second", Duration::ZERO);
+        tokio::time::sleep(10 * LEASE_DURATION).await;
+        assert!(first.leads() && !second.leads());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_leader_that_hears_nothing_stops_before_another_may_lead() {
+        let server = Server::default();
+        let mut leader = Replica::start(&server, "first", Duration::ZERO);
+        leader.becomes(true).await;
+        tokio::time::sleep(RETRY / 2).await;
+        server.be_silent(true);
+        let silent = Instant::now();
+        timeout(10 * LEASE_DURATION, leader.becomes(false)).await.unwrap();
+        assert!(silent.elapsed() <= RENEW_WITHIN && RENEW_WITHIN < LEASE_DURATION, "{:?}", silent.elapsed());
+        assert_eq!(server.holder().as_deref(), Some("first"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_taken_by_another_ends_the_term_at_the_next_renewal() {
+        let server = Server::default();
+        let mut leader = Replica::start(&server, "first", Duration::ZERO);
+        leader.becomes(true).await;
+        {
+            let mut stored = server.0.lock().unwrap();
+            let lease = stored.lease.as_mut().unwrap();
+            lease.metadata.resource_version = Some("x".into());
+            lease.spec.as_mut().unwrap().holder_identity = Some("another".into());
+        }
+        let taken = Instant::now();
+        leader.becomes(false).await;
+        assert!(taken.elapsed() <= RETRY);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_change_that_takes_nothing_leaves_the_leader_in_its_place() {
+        let server = Server::default();
+        let mut leader = Replica::start(&server, "first", Duration::ZERO);
+        leader.becomes(true).await;
+        server.0.lock().unwrap().lease.as_mut().unwrap().metadata.resource_version = Some("x".into());
+        tokio::time::sleep(3 * LEASE_DURATION).await;
+        assert!(leader.leads());
+        assert_eq!(server.transitions(), Some(1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stop_gives_the_lease_back_and_the_next_one_leads_at_its_next_look() {
+        let server = Server::default();
+        let mut first = Replica::start(&server, "first", Duration::ZERO);
+        first.becomes(true).await;
+        let mut second = Replica::start(&server, "second", Duration::ZERO);
+        advance(RETRY).await;
+        first.stop.cancel();
+        first.task.await.unwrap();
+        let given_back = Instant::now();
+        second.becomes(true).await;
+        assert!(given_back.elapsed() <= RETRY);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_many_that_stand_at_once_one_leads() {
+        let server = Server::default();
+        let replicas: Vec<_> = (0..8).map(|at| Replica::start(&server, &format!("r{at}"), Duration::ZERO)).collect();
+        for _ in 0..20 {
+            tokio::time::sleep(RETRY).await;
+            assert_eq!(replicas.iter().filter(|replica| replica.leads()).count(), 1);
+        }
+    }
+}

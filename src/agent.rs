@@ -4,16 +4,17 @@
 //! nothing answers until [`Bound::run`]. The first long-lived task to end, for whatever reason, stops the process.
 
 use std::{
-    fs::{self, File, Metadata, OpenOptions},
+    fs::{self, File, Metadata},
     io,
     net::SocketAddr,
-    os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     pin::Pin,
     sync::Arc,
     time::Duration,
 };
 
+use rustix::fs::{Mode, OFlags};
 use tokio::{
     net::{TcpListener, UnixListener, UnixStream},
     sync::watch,
@@ -332,12 +333,12 @@ async fn listen(path: &Path) -> Result<(UnixListener, File), BuildError> {
         Err(error) => return Err(failed(error)),
     }
     let listener = UnixListener::bind(path).map_err(failed)?;
-    // A socket cannot be opened, only held on to: O_PATH, open(2).
-    let file =
-        OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(path).map_err(failed)?;
+    // A socket cannot be opened, only held on to: O_PATH, open(2). Not by OpenOptions, which drops that flag on musl.
+    let file = rustix::fs::open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|error| failed(error.into()))?;
     attest::prepare_listener(&listener).map_err(failed)?;
     fs::set_permissions(path, fs::Permissions::from_mode(SOCKET_MODE)).map_err(failed)?;
-    Ok((listener, file))
+    Ok((listener, file.into()))
 }
 
 /// Removes the socket at `path` if it is still ours. A successor may have taken the path over while this agent stopped;

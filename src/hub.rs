@@ -41,6 +41,7 @@ use crate::{
 };
 
 pub use entry::{Delay, Live};
+pub(crate) use flight::pods_changed;
 pub use state::Row;
 pub use subscription::{Event, Subscription};
 
@@ -263,6 +264,25 @@ impl Hub {
         self.0.policies.clone()
     }
 
+    /// Tells of every change of a pod; never, outside of a cluster.
+    pub fn watch_pods(&self) -> Option<watch::Receiver<u64>> {
+        self.0.pods.as_ref().map(Pods::changed)
+    }
+
+    /// What `workload` is now: a pod may have been relabelled since it was attested.
+    ///
+    /// # Errors
+    /// [`HubError::PodGone`].
+    pub fn now_of(&self, workload: &Arc<Workload>) -> Result<Arc<Workload>, HubError> {
+        let (Some(pods), Some(pod)) = (&self.0.pods, workload.pod()) else { return Ok(workload.clone()) };
+        match pods.by_uid(&pod.uid) {
+            Some(now) => Ok(now),
+            None if pods.synced() => Err(HubError::PodGone(workload.to_string())),
+            // Nobody has said that it is gone.
+            None => Ok(workload.clone()),
+        }
+    }
+
     /// What the policies in force say, with those policies.
     fn decide(&self, workload: &Workload, ask: &Ask) -> Result<(Grant, Arc<PolicySet>), HubError> {
         let policies = self.policies();
@@ -300,18 +320,13 @@ impl Hub {
     /// Decides on an entry again if its pod or the policies have changed. A lost right ends it, and is returned.
     fn revise(&self, state: &mut State, id: u128) -> Option<HubError> {
         let now = self.0.clock.now();
-        if let (Some(pods), Some(entry)) = (&self.0.pods, state.entries.get(&id))
-            && let Some(pod) = entry.workload.pod()
-        {
-            match pods.by_uid(&pod.uid) {
-                Some(workload) => state.becomes(id, workload),
-                None if pods.synced() => {
-                    let lost = HubError::PodGone(entry.workload.to_string());
+        if let Some(entry) = state.entries.get(&id) {
+            match self.now_of(&entry.workload) {
+                Ok(workload) => state.becomes(id, workload),
+                Err(lost) => {
                     state.lost(id, lost.clone(), now);
                     return Some(lost);
                 }
-                // Nobody has said that it is gone.
-                None => {}
             }
         }
         state.redecide(id, &self.policies(), now)

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     attest::Workload,
-    hub::{Event, Hub, HubError, Live, Subscription},
+    hub::{Event, Hub, HubError, Live, Subscription, pods_changed},
     policy::{self, Ask, Offer, PolicySet},
     spiffe::SpiffeId,
     x509::{Bundle, Names},
@@ -42,6 +42,7 @@ pub(super) struct Identities {
     hub: Hub,
     workload: Arc<Workload>,
     policies: watch::Receiver<Arc<PolicySet>>,
+    pods: Option<watch::Receiver<u64>>,
     offered: fn(&Offer) -> bool,
     /// Whether its certificate is wanted.
     wanted: Choice,
@@ -78,6 +79,8 @@ enum Change {
     Denied,
     /// It is time to ask for it again.
     Retry,
+    /// Some pod's facts.
+    Pods,
     /// The roots, or that there is no certificate.
     Other,
 }
@@ -90,9 +93,10 @@ impl Identities {
         wanted: impl Fn(usize, &str) -> bool + Send + Sync + 'static,
     ) -> Result<Self, Refusal> {
         let hub = call.engine.hub.clone();
-        let policies = hub.watch_policies();
+        let (policies, pods) = (hub.watch_policies(), hub.watch_pods());
         let workload = call.workload.clone();
-        let mut identities = Self { hub, workload, policies, offered, wanted: Box::new(wanted), list: Vec::new() };
+        let mut identities =
+            Self { hub, workload, policies, pods, offered, wanted: Box::new(wanted), list: Vec::new() };
         identities.follow_policies()?;
         Ok(identities)
     }
@@ -145,17 +149,37 @@ impl Identities {
     /// Waits for the next change, and returns the trace of a new certificate. Cancel safe.
     ///
     /// # Errors
-    /// No policy offers anything any more.
+    /// No policy offers anything any more, or the pod is gone.
     pub(super) async fn changed(&mut self) -> Result<Option<SpanContext>, Refusal> {
+        loop {
+            let (change, at) = self.next_change().await;
+            if !matches!(change, Change::Pods) {
+                return self.take_in(change, at);
+            }
+            let now = self.hub.now_of(&self.workload).map_err(|lost| Refusal::from(&lost))?;
+            // Most changes are another pod's.
+            if *now != *self.workload {
+                self.workload = now;
+                self.follow_policies()?;
+                return Ok(None);
+            }
+        }
+    }
+
+    async fn next_change(&mut self) -> (Change, Option<usize>) {
         let changes = self.list.iter_mut().map(|identity| Box::pin(identity.changed()));
-        let (change, at) = tokio::select! {
+        tokio::select! {
             biased;
             Ok(()) = self.policies.changed() => (Change::Other, None),
+            () = pods_changed(&mut self.pods) => (Change::Pods, None),
             (change, at, _) = select_all(changes) => (change, Some(at)),
-        };
+        }
+    }
+
+    fn take_in(&mut self, change: Change, at: Option<usize>) -> Result<Option<SpanContext>, Refusal> {
         match (change, at) {
             (Change::Certificate(trace), _) => return Ok(trace),
-            (Change::Other, Some(_)) => {}
+            (Change::Other, Some(_)) | (Change::Pods, _) => {}
             (Change::Retry, _) => self.ask_for_wanted(),
             (Change::Denied, _) if !self.policies.has_changed().unwrap_or(false) => {}
             (Change::Denied | Change::Other, _) => self.follow_policies()?,

@@ -17,6 +17,7 @@ mod help;
 mod host;
 mod hostile_h2;
 mod issue;
+mod node;
 mod openssl;
 mod raw_h2;
 mod sds;

@@ -55,15 +55,15 @@
 //! | `x509` | `spiffe` |
 //! | `attest::workload` | nothing of ours |
 //! | `policy` | `x509`, `attest::workload` |
-//! | `attest` | `clock` |
+//! | `attest` | `attest::workload`, `attest::pods`, `kubernetes`, `clock` |
 //! | `attest::pods` | `attest`, `attest::workload`, `kubernetes`, `clock`, `backoff` |
 //! | `policy::watch` | `policy`, `files`, `metrics`, `kubernetes` |
 //! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `metrics` |
 //! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock` |
-//! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `metrics`, `telemetry` |
+//! | `hub` | `attest::workload`, `attest::pods`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `metrics`, `telemetry` |
 //! | `server` | `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `hub`, `metrics`, `telemetry` |
 //! | `client` | `proto`, `socket`, `backoff`, `telemetry` |
-//! | `config` | `policy`, `signer`, `files`, `socket`, `telemetry` |
+//! | `config` | `kubernetes`, `policy`, `signer`, `files`, `socket`, `telemetry` |
 //! | `agent` | everything |
 //! | `cli` | everything |
 //! | `main` | everything |

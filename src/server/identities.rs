@@ -21,7 +21,8 @@ use super::{
     refusal::{Refusal, SIGNER_UNKNOWN_CODE},
 };
 use crate::{
-    hub::{Event, Following, Hub, HubError, Live, Subscription},
+    attest::Workload,
+    hub::{Event, Hub, HubError, Live, Subscription, pods_changed},
     policy::{self, Ask, Offer, PolicySet},
     spiffe::SpiffeId,
     x509::{Bundle, Names},
@@ -39,8 +40,9 @@ type Subscribing = Pin<Box<dyn Future<Output = Result<(Subscription, Live), HubE
 /// The identities of one workload, in order of policy name and then as offered; those without a SPIFFE ID come last.
 pub(super) struct Identities {
     hub: Hub,
-    workload: Following,
+    workload: Arc<Workload>,
     policies: watch::Receiver<Arc<PolicySet>>,
+    pods: Option<watch::Receiver<u64>>,
     offered: fn(&Offer) -> bool,
     /// Whether its certificate is wanted.
     wanted: Choice,
@@ -77,6 +79,8 @@ enum Change {
     Denied,
     /// It is time to ask for it again.
     Retry,
+    /// Some pod's facts.
+    Pods,
     /// The roots, or that there is no certificate.
     Other,
 }
@@ -89,9 +93,11 @@ impl Identities {
         wanted: impl Fn(usize, &str) -> bool + Send + Sync + 'static,
     ) -> Result<Self, Refusal> {
         let hub = call.engine.hub.clone();
-        let policies = hub.watch_policies();
-        let workload = hub.watch_workload(call.workload.clone());
-        let mut identities = Self { hub, workload, policies, offered, wanted: Box::new(wanted), list: Vec::new() };
+        let (policies, pods) = (hub.watch_policies(), hub.watch_pods());
+        // It may have changed since it was attested.
+        let workload = hub.now_of(&call.workload).map_err(|lost| Refusal::from(&lost))?;
+        let mut identities =
+            Self { hub, workload, policies, pods, offered, wanted: Box::new(wanted), list: Vec::new() };
         identities.follow_policies()?;
         Ok(identities)
     }
@@ -146,19 +152,35 @@ impl Identities {
     /// # Errors
     /// No policy offers anything any more, or the pod is gone.
     pub(super) async fn changed(&mut self) -> Result<Option<SpanContext>, Refusal> {
+        loop {
+            let (change, at) = self.next_change().await;
+            if !matches!(change, Change::Pods) {
+                return self.take_in(change, at);
+            }
+            let now = self.hub.now_of(&self.workload).map_err(|lost| Refusal::from(&lost))?;
+            // Most changes are another pod's.
+            if *now != *self.workload {
+                self.workload = now;
+                self.follow_policies()?;
+                return Ok(None);
+            }
+        }
+    }
+
+    async fn next_change(&mut self) -> (Change, Option<usize>) {
         let changes = self.list.iter_mut().map(|identity| Box::pin(identity.changed()));
-        let (change, at) = tokio::select! {
+        tokio::select! {
             biased;
             Ok(()) = self.policies.changed() => (Change::Other, None),
-            other = self.workload.changed() => {
-                other.map_err(|gone| Refusal::from(&gone))?;
-                (Change::Other, None)
-            }
+            () = pods_changed(&mut self.pods) => (Change::Pods, None),
             (change, at, _) = select_all(changes) => (change, Some(at)),
-        };
+        }
+    }
+
+    fn take_in(&mut self, change: Change, at: Option<usize>) -> Result<Option<SpanContext>, Refusal> {
         match (change, at) {
             (Change::Certificate(trace), _) => return Ok(trace),
-            (Change::Other, Some(_)) => {}
+            (Change::Other, Some(_)) | (Change::Pods, _) => {}
             (Change::Retry, _) => self.ask_for_wanted(),
             (Change::Denied, _) if !self.policies.has_changed().unwrap_or(false) => {}
             (Change::Denied | Change::Other, _) => self.follow_policies()?,
@@ -169,11 +191,11 @@ impl Identities {
     /// Takes in what the policies in force offer, and keeps what is at hand of it.
     fn follow_policies(&mut self) -> Result<(), Refusal> {
         let policies = self.policies.borrow_and_update().clone();
-        let mut offers = policy::offers(&policies, self.workload.workload());
+        let mut offers = policy::offers(&policies, &self.workload);
         offers.retain(self.offered);
         offers.sort_by_key(|offer| !is_spiffe(offer));
         if offers.len() > MAX_IDENTITIES {
-            let (workload, offers) = (self.workload.workload(), offers.len());
+            let (workload, offers) = (&self.workload, offers.len());
             tracing::warn!(%workload, offers, "policies offer more identities than {MAX_IDENTITIES}; the last are left out");
         }
         let mut before = mem::take(&mut self.list);
@@ -188,7 +210,7 @@ impl Identities {
             self.list.push(identity);
         }
         if self.list.is_empty() {
-            let denial = policy::nothing_offered(&policies, self.workload.workload());
+            let denial = policy::nothing_offered(&policies, &self.workload);
             return Err(Refusal::new(Code::PermissionDenied, denial.reason(), denial.to_string()));
         }
         self.ask_for_wanted();
@@ -203,8 +225,7 @@ impl Identities {
                 Certificate::Pending(_) | Certificate::Live(..) if wanted => {}
                 _ if !wanted => identity.certificate = Certificate::Unwanted,
                 _ => {
-                    let workload = self.workload.workload().clone();
-                    let (hub, ask) = (self.hub.clone(), identity.ask.clone());
+                    let (hub, workload, ask) = (self.hub.clone(), self.workload.clone(), identity.ask.clone());
                     let subscribed = async move {
                         let mut subscription = hub.subscribe(workload, ask, None).await?;
                         let live = subscription.first().await?;

@@ -16,6 +16,7 @@ mod help;
 mod host;
 mod hostile_h2;
 mod issue;
+mod node;
 mod openssl;
 mod pods;
 mod raw_h2;

@@ -28,18 +28,32 @@ const TABLE: &[(&str, &[&str])] = &[
     ("x509", &["spiffe"]),
     ("attest::workload", &[]),
     ("policy", &["x509", "attest::workload"]),
-    ("attest", &["clock"]),
+    ("attest", &["attest::workload", "attest::pods", "kubernetes", "clock"]),
     ("attest::pods", &["attest", "attest::workload", "kubernetes", "clock", "backoff"]),
     ("policy::watch", &["policy", "files", "metrics", "kubernetes"]),
     ("signer", &["attest::workload", "policy", "x509", "clock", "metrics"]),
     ("issue", &["attest::workload", "policy", "x509", "signer", "clock"]),
-    ("hub", &["attest::workload", "policy", "x509", "signer", "issue", "clock", "backoff", "metrics", "telemetry"]),
+    (
+        "hub",
+        &[
+            "attest::workload",
+            "attest::pods",
+            "policy",
+            "x509",
+            "signer",
+            "issue",
+            "clock",
+            "backoff",
+            "metrics",
+            "telemetry",
+        ],
+    ),
     (
         "server",
         &["proto", "spiffe", "x509", "attest", "attest::workload", "policy", "signer", "hub", "metrics", "telemetry"],
     ),
     ("client", &["proto", "socket", "backoff", "telemetry"]),
-    ("config", &["policy", "signer", "files", "socket", "telemetry"]),
+    ("config", &["kubernetes", "policy", "signer", "files", "socket", "telemetry"]),
     ("agent", ANY),
     ("cli", ANY),
     ("main", ANY),
@@ -51,8 +65,14 @@ const ANY: &[&str] = &["*"];
 /// Outside paths that only some rows may name.
 const HOMES: &[(&str, &[&str])] = &[
     ("tonic", &["proto", "server", "client", "agent", "cli"]),
-    ("kube", &["kubernetes", "attest", "policy::watch", "trust", "signer", "controller", "agent", "cli"]),
-    ("k8s_openapi", &["kubernetes", "attest", "policy::watch", "trust", "signer", "controller", "agent", "cli"]),
+    (
+        "kube",
+        &["kubernetes", "attest", "attest::pods", "policy::watch", "trust", "signer", "controller", "agent", "cli"],
+    ),
+    (
+        "k8s_openapi",
+        &["kubernetes", "attest", "attest::pods", "policy::watch", "trust", "signer", "controller", "agent", "cli"],
+    ),
     ("std::env", &["config", "cli", "main"]),
     ("anyhow", &["agent", "cli", "main"]),
 ];

@@ -23,6 +23,7 @@ use csrd::{
     server::{Limits, admin::Readiness},
     signer::embedded::{DEFAULT_CA_LIFETIME, Embedded},
 };
+use http::Method;
 use k8s_openapi::api::core::v1::Pod;
 use kube::{Client, Config, ResourceExt as _};
 use tokio::{
@@ -37,7 +38,11 @@ use tonic::{Request, Status, transport::Endpoint};
 use tonic_types::StatusExt as _;
 
 use super::{AUDIENCE, Followed, PATIENCE, Scope, relabel};
-use crate::{agent::ask, attest::is_root, cluster::ControlPlane};
+use crate::{
+    agent::ask,
+    attest::is_root,
+    cluster::{ControlPlane, Fault, FaultProxy},
+};
 
 const POLICY: &str = "apiVersion: csrd.dev/v1alpha1
 kind: CertificatePolicy
@@ -74,7 +79,13 @@ impl Node {
         let followed = Followed::new(client.clone(), Scope::Node(name.clone()));
         let folder = tempfile::tempdir().unwrap();
         let tokens = Tokens::new(client, AUDIENCE.to_owned(), name.clone());
-        let on = Cluster { node: name.clone(), own_pod: None, pods: followed.pods.clone(), tokens };
+        let on = Cluster {
+            node: name.clone(),
+            own_pod: None,
+            policies_synced: watch::channel(true).1,
+            pods: followed.pods.clone(),
+            tokens,
+        };
         let socket = folder.path().join("s");
         let running = tokio::spawn(serve(socket.clone(), on, POLICY.replace("NAMESPACE", &namespace), stop.clone()));
         until_served(&socket).await;
@@ -103,17 +114,15 @@ impl Node {
 /// Serves as an agent on the node of `cluster`, with a CA of its own.
 async fn serve(socket: PathBuf, cluster: Cluster, policy: String, stop: CancellationToken) {
     let (clock, metrics) = (Clock::system(), Metrics::new());
-    let policies = watch::Sender::new(Arc::default());
-    let in_force = policies.subscribe();
     let source = Source { origin: "test".into(), text: policy };
-    policies.send_replace(Arc::new(PolicySet::parse(&[source], EMBEDDED).unwrap()));
+    let policies = watch::channel(Arc::new(PolicySet::parse(&[source], EMBEDDED).unwrap())).1;
     let signer = Embedded::ephemeral(DEFAULT_CA_LIFETIME, &clock, metrics.signer(EMBEDDED)).unwrap();
     let rate = Rate { per_second: NonZeroU32::MAX, burst: NonZeroU32::MAX };
     let bound = agent::build(agent::Parts {
         socket,
         admin: None,
         clock,
-        policies: in_force,
+        policies,
         cluster: Some(cluster),
         signers: vec![Arc::new(signer)],
         signer_rate: rate,
@@ -310,7 +319,13 @@ async fn serve_in_namespace() {
     pods.list_for_test(vec![pod(BESIDE), pod(OWN)]);
     let nowhere = Client::try_from(Config::new("http://127.0.0.1:1".parse().unwrap())).unwrap();
     let tokens = Tokens::new(nowhere, AUDIENCE.to_owned(), "n".to_owned());
-    let cluster = Cluster { node: "n".to_owned(), own_pod: Some(OWN.to_owned()), pods, tokens };
+    let cluster = Cluster {
+        node: "n".to_owned(),
+        own_pod: Some(OWN.to_owned()),
+        policies_synced: watch::channel(true).1,
+        pods,
+        tokens,
+    };
     serve(socket(), cluster, POLICY.replace("NAMESPACE", "shop"), CancellationToken::new()).await;
 }
 
@@ -416,4 +431,32 @@ async fn an_agent_in_a_container_tells_the_pods_beside_it() {
     ] {
         assert_eq!(Caller::start(&socket, &cgroup).who("").await, expected, "{cgroup}");
     }
+}
+
+#[tokio::test]
+async fn nobody_is_denied_for_services_that_have_only_not_been_listed_yet() {
+    let Some(cluster) = ControlPlane::shared().await else { return };
+    if !is_root("nobody_is_denied_for_services_that_have_only_not_been_listed_yet") {
+        return;
+    }
+    let (namespace, node) = (cluster.namespace(&[]).await, cluster.node("n").await.name_any());
+    let web = cluster.pod(&namespace, "web", &node, "default", &[("app", "web")]).await;
+    cluster.service(&namespace, "proven", &[("app", "web")]).await;
+    let proxy = FaultProxy::start(cluster, &cluster.admin_identity()).await;
+    proxy.fail(Method::GET, "/api/v1/services", 1, Fault::Delay(Duration::from_secs(2)));
+    let client = proxy.access.client(&cluster.admin_identity()).await;
+    let pods = Pods::new(Scope::Node(node.clone()), Clock::system());
+    let running = tokio::spawn(pods.clone().run(client.clone(), CancellationToken::new()));
+    let folder = tempfile::tempdir().unwrap();
+    let (socket, tokens) = (folder.path().join("s"), Tokens::new(client, AUDIENCE.to_owned(), node.clone()));
+    let policies_synced = watch::channel(true).1;
+    let on = Cluster { node, own_pod: None, policies_synced, pods, tokens };
+    let policy = POLICY.replace("NAMESPACE", &namespace).replace("*.example.org", "{kubernetes.service}.example.org");
+    let served = tokio::spawn(serve(socket.clone(), on, policy, CancellationToken::new()));
+    until_served(&socket).await;
+    let mut caller = Caller::start(&socket, &cgroup_of(&web.uid().unwrap(), &new_container()));
+    caller.say("follow proven.example.org").await;
+    assert_eq!(caller.next().await, "certificate");
+    served.abort();
+    running.abort();
 }

@@ -6,6 +6,7 @@
 
 pub mod agent;
 pub mod completion;
+pub mod crd;
 pub mod demo;
 pub mod issue;
 pub mod policy;
@@ -54,6 +55,7 @@ enum Command {
     Whoami(whoami::Args),
     Status(status::Args),
     Policy(policy::Args),
+    Crd(crd::Args),
     Completion(completion::Args),
 }
 
@@ -118,6 +120,7 @@ impl Command {
             Self::Whoami(args) => traced(whoami::run(args)).await,
             Self::Status(args) => traced(status::run(args)).await,
             Self::Policy(args) => policy::run(args),
+            Self::Crd(args) => crd::run(args),
             Self::Completion(args) => completion::run(args, <Cli as clap::CommandFactory>::command()),
         }
     }

@@ -19,6 +19,7 @@ mod issue;
 mod node;
 mod openssl;
 mod pods;
+mod policies;
 mod raw_h2;
 mod sds;
 mod start;

@@ -30,7 +30,7 @@ use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines},
     process::{Child, ChildStdin, ChildStdout, Command},
     sync::watch,
-    task::JoinHandle,
+    task::JoinSet,
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -64,7 +64,7 @@ struct Node {
     followed: Followed,
     folder: tempfile::TempDir,
     stop: CancellationToken,
-    running: JoinHandle<()>,
+    running: JoinSet<()>,
 }
 
 impl Node {
@@ -87,7 +87,8 @@ impl Node {
             tokens,
         };
         let socket = folder.path().join("s");
-        let running = tokio::spawn(serve(socket.clone(), on, POLICY.replace("NAMESPACE", &namespace), stop.clone()));
+        let mut running = JoinSet::new();
+        running.spawn(serve(socket.clone(), on, POLICY.replace("NAMESPACE", &namespace), stop.clone()));
         until_served(&socket).await;
         Some(Self { cluster, name, namespace, followed, folder, stop, running })
     }
@@ -105,9 +106,9 @@ impl Node {
         self.caller(&cgroup_of(&pod.uid().unwrap(), &container_of(pod)))
     }
 
-    async fn end(self) {
+    async fn end(mut self) {
         self.stop.cancel();
-        timeout(PATIENCE, self.running).await.unwrap().unwrap();
+        timeout(PATIENCE, self.running.join_next()).await.unwrap().unwrap().unwrap();
     }
 }
 
@@ -446,17 +447,16 @@ async fn nobody_is_denied_for_services_that_have_only_not_been_listed_yet() {
     proxy.fail(Method::GET, "/api/v1/services", 1, Fault::Delay(Duration::from_secs(2)));
     let client = proxy.access.client(&cluster.admin_identity()).await;
     let pods = Pods::new(Scope::Node(node.clone()), Clock::system());
-    let running = tokio::spawn(pods.clone().run(client.clone(), CancellationToken::new()));
+    let mut running = JoinSet::new();
+    running.spawn(pods.clone().run(client.clone(), CancellationToken::new()));
     let folder = tempfile::tempdir().unwrap();
     let (socket, tokens) = (folder.path().join("s"), Tokens::new(client, AUDIENCE.to_owned(), node.clone()));
     let policies_synced = watch::channel(true).1;
     let on = Cluster { node, own_pod: None, policies_synced, pods, tokens };
     let policy = POLICY.replace("NAMESPACE", &namespace).replace("*.example.org", "{kubernetes.service}.example.org");
-    let served = tokio::spawn(serve(socket.clone(), on, policy, CancellationToken::new()));
+    running.spawn(serve(socket.clone(), on, policy, CancellationToken::new()));
     until_served(&socket).await;
     let mut caller = Caller::start(&socket, &cgroup_of(&web.uid().unwrap(), &new_container()));
     caller.say("follow proven.example.org").await;
     assert_eq!(caller.next().await, "certificate");
-    served.abort();
-    running.abort();
 }

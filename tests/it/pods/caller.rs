@@ -52,6 +52,8 @@ spec:
   allow: {dnsNames: ['*.example.org']}
 ";
 
+/// Connections of one pod.
+const CONNECTIONS: usize = 8;
 /// UIDs of the agent's own pod and of one beside it, for an agent that no API server tells anything.
 const OWN: &str = "00000000-0000-0000-0000-00000000000a";
 const BESIDE: &str = "00000000-0000-0000-0000-00000000000b";
@@ -128,7 +130,7 @@ async fn serve(socket: PathBuf, cluster: Cluster, policy: String, stop: Cancella
         signers: vec![Arc::new(signer)],
         signer_rate: rate,
         principal_rate: rate,
-        limits: Limits::default(),
+        limits: Limits { connections_per_principal: CONNECTIONS, ..Limits::default() },
         seed: 1,
         metrics,
         readiness: Readiness::new(),
@@ -228,7 +230,7 @@ impl Caller {
     async fn next(&mut self) -> String {
         let said = async {
             loop {
-                let line = self.output.next_line().await.unwrap().expect("the caller goes on");
+                let Some(line) = self.output.next_line().await.unwrap() else { return "nothing more".to_owned() };
                 if let Some((_, said)) = line.split_once("said:") {
                     return said.trim().to_owned();
                 }
@@ -253,7 +255,8 @@ impl Drop for Caller {
 #[ignore = "run by other tests, as a process of its own"]
 async fn act() {
     let socket = socket();
-    let channel = Endpoint::from_shared(format!("unix://{}", socket.display())).unwrap().connect().await.unwrap();
+    let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display())).unwrap();
+    let Ok(channel) = endpoint.connect().await else { return };
     let mut client = CertificateServiceClient::new(channel);
     for line in std::io::stdin().lines() {
         let line = line.unwrap();
@@ -357,6 +360,24 @@ async fn a_process_in_a_pods_cgroup_is_that_pod_and_nothing_else() {
     let elsewhere = format!("csrd-test.slice/user.service/{}", cgroup_of(&uid, &container_of(&web)));
     assert_eq!(node.caller(&elsewhere).who("").await, "POD_CGROUP_UNCLEAR");
     assert_eq!(node.caller("csrd-test.slice/web.service").who("").await, "0", "a process of the host");
+    node.end().await;
+}
+
+#[tokio::test]
+async fn bounds_are_counted_for_each_pod_and_not_for_the_user_that_all_run_as() {
+    let test = "bounds_are_counted_for_each_pod_and_not_for_the_user_that_all_run_as";
+    let Some(node) = Node::start(test).await else { return };
+    let (web, other) = (node.pod("web").await, node.pod("other").await);
+    let mut callers = Vec::new();
+    for _ in 0..CONNECTIONS {
+        let mut caller = node.caller_in(&web);
+        assert_eq!(caller.who("").await, web.uid().unwrap());
+        callers.push(caller);
+    }
+    let refused = node.caller_in(&web).who("").await;
+    assert!(refused == "nothing more" || refused.contains("Unavailable"), "one past the bound: {refused}");
+    assert_eq!(node.caller_in(&other).who("").await, other.uid().unwrap());
+    assert_eq!(node.caller("csrd-test.slice/web.service").who("").await, "0");
     node.end().await;
 }
 

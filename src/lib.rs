@@ -56,16 +56,16 @@
 //! | `x509` | `spiffe` |
 //! | `attest::workload` | nothing of ours |
 //! | `policy` | `x509`, `attest::workload` |
-//! | `attest` | `clock` |
+//! | `attest` | `attest::workload`, `attest::pods`, `kubernetes`, `clock` |
 //! | `attest::pods` | `attest`, `attest::workload`, `kubernetes`, `clock`, `backoff` |
 //! | `policy::watch` | `policy`, `files`, `metrics`, `kubernetes` |
 //! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `kubernetes`, `metrics` |
 //! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock` |
-//! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `rate`, `metrics`, `telemetry` |
+//! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `rate`, `metrics`, `telemetry`, `attest::pods` |
 //! | `server` | `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `hub`, `metrics`, `telemetry` |
 //! | `controller` | `attest::pods`, `attest::workload`, `policy`, `policy::watch`, `x509`, `signer`, `kubernetes`, `clock`, `backoff`, `rate`, `metrics`, `telemetry` |
 //! | `client` | `proto`, `socket`, `backoff`, `telemetry` |
-//! | `config` | `controller`, `policy`, `signer`, `files`, `socket`, `telemetry` |
+//! | `config` | `controller`, `policy`, `signer`, `files`, `socket`, `telemetry`, `kubernetes` |
 //! | `agent` | everything |
 //! | `cli` | everything |
 //! | `main` | everything |

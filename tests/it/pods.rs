@@ -19,7 +19,7 @@ use kube::{
 };
 use serde_json::{Value, json};
 use tokio::{
-    task::JoinHandle,
+    task::JoinSet,
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -33,15 +33,16 @@ const AUDIENCE: &str = "csrd";
 /// Pods that are followed until this is dropped.
 struct Followed {
     pods: Pods,
-    running: JoinHandle<()>,
+    _running: JoinSet<()>,
 }
 
 impl Followed {
     fn new(client: Client, scope: Scope) -> Self {
         let pods = Pods::new(scope, Clock::system());
         pods.want_services(false);
-        let running = tokio::spawn(pods.clone().run(client, CancellationToken::new()));
-        Self { pods, running }
+        let mut running = JoinSet::new();
+        running.spawn(pods.clone().run(client, CancellationToken::new()));
+        Self { pods, _running: running }
     }
 
     /// Waits until `is` is true of the pods.
@@ -68,12 +69,6 @@ impl Followed {
     async fn workload(&self, pod: &Pod) -> Arc<Workload> {
         self.until_pod(pod, "the pod is known", |_| true).await;
         self.pods.by_uid(&pod.uid().unwrap()).unwrap()
-    }
-}
-
-impl Drop for Followed {
-    fn drop(&mut self) {
-        self.running.abort();
     }
 }
 

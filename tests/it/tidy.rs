@@ -29,14 +29,14 @@ const TABLE: &[(&str, &[&str])] = &[
     ("x509", &["spiffe"]),
     ("attest::workload", &[]),
     ("policy", &["x509", "attest::workload"]),
-    ("attest", &["clock"]),
+    ("attest", &["attest::workload", "attest::pods", "kubernetes", "clock"]),
     ("attest::pods", &["attest", "attest::workload", "kubernetes", "clock", "backoff"]),
     ("policy::watch", &["policy", "files", "metrics", "kubernetes"]),
     ("signer", &["attest::workload", "policy", "x509", "clock", "kubernetes", "metrics"]),
     ("issue", &["attest::workload", "policy", "x509", "signer", "clock"]),
     (
         "hub",
-        &["attest::workload", "policy", "x509", "signer", "issue", "clock", "backoff", "rate", "metrics", "telemetry"],
+        &["attest::workload", "policy", "x509", "signer", "issue", "clock", "backoff", "rate", "metrics", "telemetry", "attest::pods"],
     ),
     (
         "server",
@@ -60,7 +60,7 @@ const TABLE: &[(&str, &[&str])] = &[
         ],
     ),
     ("client", &["proto", "socket", "backoff", "telemetry"]),
-    ("config", &["controller", "policy", "signer", "files", "socket", "telemetry"]),
+    ("config", &["controller", "policy", "signer", "files", "socket", "telemetry", "kubernetes"]),
     ("agent", ANY),
     ("cli", ANY),
     ("main", ANY),
@@ -72,8 +72,14 @@ const ANY: &[&str] = &["*"];
 /// Outside paths that only some rows may name.
 const HOMES: &[(&str, &[&str])] = &[
     ("tonic", &["proto", "server", "client", "agent", "cli"]),
-    ("kube", &["kubernetes", "attest", "policy::watch", "trust", "signer", "controller", "agent", "cli"]),
-    ("k8s_openapi", &["kubernetes", "attest", "policy::watch", "trust", "signer", "controller", "agent", "cli"]),
+    (
+        "kube",
+        &["kubernetes", "attest", "attest::pods", "policy::watch", "trust", "signer", "controller", "agent", "cli"],
+    ),
+    (
+        "k8s_openapi",
+        &["kubernetes", "attest", "attest::pods", "policy::watch", "trust", "signer", "controller", "agent", "cli"],
+    ),
     ("std::env", &["config", "cli", "main"]),
     ("anyhow", &["agent", "cli", "main"]),
 ];

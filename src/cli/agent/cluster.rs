@@ -15,7 +15,8 @@ use crate::{
     clock::Clock,
     config::Kubernetes,
     kubernetes::{self, Identity},
-    policy::PolicySet,
+    metrics::Metrics,
+    policy::{PolicySet, watch::ClusterPolicies},
     signer::Sign,
 };
 
@@ -34,6 +35,7 @@ pub(super) struct InCluster {
 pub(super) async fn join(
     config: Kubernetes,
     clock: &Clock,
+    metrics: Metrics,
     stop: &CancellationToken,
 ) -> anyhow::Result<Option<InCluster>> {
     let client = kubernetes::connect(config.kubeconfig.as_deref()).await?;
@@ -42,11 +44,14 @@ pub(super) async fn join(
     tracing::info!(user = identity.username, node, "the API server knows the agent");
     let pods = Pods::new(Scope::Node(node.clone()), clock.clone());
     let tokens = Tokens::new(client.clone(), config.audience.clone(), node.clone());
+    let policies = ClusterPolicies::new(client.clone(), metrics);
+    let in_force = policies.subscribe();
+    let policies_synced = policies.synced();
     let (signers, mut background) = signers(&config);
     background.push(("pods", Box::pin(pods.clone().run(client, stop.clone()))));
-    let cluster = Cluster { node, own_pod: identity.pod_uid, pods, tokens };
-    let (_, policies) = watch::channel(Arc::default());
-    Ok(Some(InCluster { cluster, policies, signers, background }))
+    background.push(("policies", Box::pin(policies.run(stop.clone()))));
+    let cluster = Cluster { node, own_pod: identity.pod_uid, policies_synced, pods, tokens };
+    Ok(Some(InCluster { cluster, policies: in_force, signers, background }))
 }
 
 /// The signers that `config` names, the default one first, and what keeps their roots current.

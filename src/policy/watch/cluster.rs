@@ -145,7 +145,7 @@ impl Seen {
     /// One event of the watch. Nothing of a list is published before all of it is there.
     async fn take_in(&mut self, event: Event<DynamicObject>) {
         match event {
-            Event::Init => return self.listed.clear(),
+            Event::Init => self.listed.clear(),
             Event::InitApply(object) => {
                 self.listed.insert(object.name_any());
                 return self.examine(object).await;

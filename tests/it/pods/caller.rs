@@ -23,13 +23,14 @@ use csrd::{
     server::{Limits, admin::Readiness},
     signer::embedded::{DEFAULT_CA_LIFETIME, Embedded},
 };
+use http::Method;
 use k8s_openapi::api::core::v1::Pod;
 use kube::{Client, Config, ResourceExt as _};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines},
     process::{Child, ChildStdin, ChildStdout, Command},
     sync::watch,
-    task::JoinHandle,
+    task::JoinSet,
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -37,7 +38,11 @@ use tonic::{Request, Status, transport::Endpoint};
 use tonic_types::StatusExt as _;
 
 use super::{AUDIENCE, Followed, PATIENCE, Scope, relabel};
-use crate::{agent::ask, attest::is_root, cluster::ControlPlane};
+use crate::{
+    agent::ask,
+    attest::is_root,
+    cluster::{ControlPlane, Fault, FaultProxy},
+};
 
 const POLICY: &str = "apiVersion: csrd.dev/v1alpha1
 kind: CertificatePolicy
@@ -47,6 +52,8 @@ spec:
   allow: {dnsNames: ['*.example.org']}
 ";
 
+/// Connections of one pod.
+const CONNECTIONS: usize = 8;
 /// UIDs of the agent's own pod and of one beside it, for an agent that no API server tells anything.
 const OWN: &str = "00000000-0000-0000-0000-00000000000a";
 const BESIDE: &str = "00000000-0000-0000-0000-00000000000b";
@@ -59,7 +66,7 @@ struct Node {
     followed: Followed,
     folder: tempfile::TempDir,
     stop: CancellationToken,
-    running: JoinHandle<()>,
+    running: JoinSet<()>,
 }
 
 impl Node {
@@ -74,9 +81,16 @@ impl Node {
         let followed = Followed::new(client.clone(), Scope::Node(name.clone()));
         let folder = tempfile::tempdir().unwrap();
         let tokens = Tokens::new(client, AUDIENCE.to_owned(), name.clone());
-        let on = Cluster { node: name.clone(), own_pod: None, pods: followed.pods.clone(), tokens };
+        let on = Cluster {
+            node: name.clone(),
+            own_pod: None,
+            policies_synced: watch::channel(true).1,
+            pods: followed.pods.clone(),
+            tokens,
+        };
         let socket = folder.path().join("s");
-        let running = tokio::spawn(serve(socket.clone(), on, POLICY.replace("NAMESPACE", &namespace), stop.clone()));
+        let mut running = JoinSet::new();
+        running.spawn(serve(socket.clone(), on, POLICY.replace("NAMESPACE", &namespace), stop.clone()));
         until_served(&socket).await;
         Some(Self { cluster, name, namespace, followed, folder, stop, running })
     }
@@ -94,31 +108,29 @@ impl Node {
         self.caller(&cgroup_of(&pod.uid().unwrap(), &container_of(pod)))
     }
 
-    async fn end(self) {
+    async fn end(mut self) {
         self.stop.cancel();
-        timeout(PATIENCE, self.running).await.unwrap().unwrap();
+        timeout(PATIENCE, self.running.join_next()).await.unwrap().unwrap().unwrap();
     }
 }
 
 /// Serves as an agent on the node of `cluster`, with a CA of its own.
 async fn serve(socket: PathBuf, cluster: Cluster, policy: String, stop: CancellationToken) {
     let (clock, metrics) = (Clock::system(), Metrics::new());
-    let policies = watch::Sender::new(Arc::default());
-    let in_force = policies.subscribe();
     let source = Source { origin: "test".into(), text: policy };
-    policies.send_replace(Arc::new(PolicySet::parse(&[source], EMBEDDED).unwrap()));
+    let policies = watch::channel(Arc::new(PolicySet::parse(&[source], EMBEDDED).unwrap())).1;
     let signer = Embedded::ephemeral(DEFAULT_CA_LIFETIME, &clock, metrics.signer(EMBEDDED)).unwrap();
     let rate = Rate { per_second: NonZeroU32::MAX, burst: NonZeroU32::MAX };
     let bound = agent::build(agent::Parts {
         socket,
         admin: None,
         clock,
-        policies: in_force,
+        policies,
         cluster: Some(cluster),
         signers: vec![Arc::new(signer)],
         signer_rate: rate,
         principal_rate: rate,
-        limits: Limits::default(),
+        limits: Limits { connections_per_principal: CONNECTIONS, ..Limits::default() },
         seed: 1,
         metrics,
         readiness: Readiness::new(),
@@ -218,7 +230,7 @@ impl Caller {
     async fn next(&mut self) -> String {
         let said = async {
             loop {
-                let line = self.output.next_line().await.unwrap().expect("the caller goes on");
+                let Some(line) = self.output.next_line().await.unwrap() else { return "nothing more".to_owned() };
                 if let Some((_, said)) = line.split_once("said:") {
                     return said.trim().to_owned();
                 }
@@ -243,7 +255,8 @@ impl Drop for Caller {
 #[ignore = "run by other tests, as a process of its own"]
 async fn act() {
     let socket = socket();
-    let channel = Endpoint::from_shared(format!("unix://{}", socket.display())).unwrap().connect().await.unwrap();
+    let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display())).unwrap();
+    let Ok(channel) = endpoint.connect().await else { return };
     let mut client = CertificateServiceClient::new(channel);
     for line in std::io::stdin().lines() {
         let line = line.unwrap();
@@ -310,7 +323,13 @@ async fn serve_in_namespace() {
     pods.list_for_test(vec![pod(BESIDE), pod(OWN)]);
     let nowhere = Client::try_from(Config::new("http://127.0.0.1:1".parse().unwrap())).unwrap();
     let tokens = Tokens::new(nowhere, AUDIENCE.to_owned(), "n".to_owned());
-    let cluster = Cluster { node: "n".to_owned(), own_pod: Some(OWN.to_owned()), pods, tokens };
+    let cluster = Cluster {
+        node: "n".to_owned(),
+        own_pod: Some(OWN.to_owned()),
+        policies_synced: watch::channel(true).1,
+        pods,
+        tokens,
+    };
     serve(socket(), cluster, POLICY.replace("NAMESPACE", "shop"), CancellationToken::new()).await;
 }
 
@@ -341,6 +360,24 @@ async fn a_process_in_a_pods_cgroup_is_that_pod_and_nothing_else() {
     let elsewhere = format!("csrd-test.slice/user.service/{}", cgroup_of(&uid, &container_of(&web)));
     assert_eq!(node.caller(&elsewhere).who("").await, "POD_CGROUP_UNCLEAR");
     assert_eq!(node.caller("csrd-test.slice/web.service").who("").await, "0", "a process of the host");
+    node.end().await;
+}
+
+#[tokio::test]
+async fn bounds_are_counted_for_each_pod_and_not_for_the_user_that_all_run_as() {
+    let test = "bounds_are_counted_for_each_pod_and_not_for_the_user_that_all_run_as";
+    let Some(node) = Node::start(test).await else { return };
+    let (web, other) = (node.pod("web").await, node.pod("other").await);
+    let mut callers = Vec::new();
+    for _ in 0..CONNECTIONS {
+        let mut caller = node.caller_in(&web);
+        assert_eq!(caller.who("").await, web.uid().unwrap());
+        callers.push(caller);
+    }
+    let refused = node.caller_in(&web).who("").await;
+    assert!(refused == "nothing more" || refused.contains("Unavailable"), "one past the bound: {refused}");
+    assert_eq!(node.caller_in(&other).who("").await, other.uid().unwrap());
+    assert_eq!(node.caller("csrd-test.slice/web.service").who("").await, "0");
     node.end().await;
 }
 
@@ -416,4 +453,31 @@ async fn an_agent_in_a_container_tells_the_pods_beside_it() {
     ] {
         assert_eq!(Caller::start(&socket, &cgroup).who("").await, expected, "{cgroup}");
     }
+}
+
+#[tokio::test]
+async fn nobody_is_denied_for_services_that_have_only_not_been_listed_yet() {
+    let Some(cluster) = ControlPlane::shared().await else { return };
+    if !is_root("nobody_is_denied_for_services_that_have_only_not_been_listed_yet") {
+        return;
+    }
+    let (namespace, node) = (cluster.namespace(&[]).await, cluster.node("n").await.name_any());
+    let web = cluster.pod(&namespace, "web", &node, "default", &[("app", "web")]).await;
+    cluster.service(&namespace, "proven", &[("app", "web")]).await;
+    let proxy = FaultProxy::start(cluster, &cluster.admin_identity()).await;
+    proxy.fail(Method::GET, "/api/v1/services", 1, Fault::Delay(Duration::from_secs(2)));
+    let client = proxy.access.client(&cluster.admin_identity()).await;
+    let pods = Pods::new(Scope::Node(node.clone()), Clock::system());
+    let mut running = JoinSet::new();
+    running.spawn(pods.clone().run(client.clone(), CancellationToken::new()));
+    let folder = tempfile::tempdir().unwrap();
+    let (socket, tokens) = (folder.path().join("s"), Tokens::new(client, AUDIENCE.to_owned(), node.clone()));
+    let policies_synced = watch::channel(true).1;
+    let on = Cluster { node, own_pod: None, policies_synced, pods, tokens };
+    let policy = POLICY.replace("NAMESPACE", &namespace).replace("*.example.org", "{kubernetes.service}.example.org");
+    running.spawn(serve(socket.clone(), on, policy, CancellationToken::new()));
+    until_served(&socket).await;
+    let mut caller = Caller::start(&socket, &cgroup_of(&web.uid().unwrap(), &new_container()));
+    caller.say("follow proven.example.org").await;
+    assert_eq!(caller.next().await, "certificate");
 }

@@ -1,6 +1,8 @@
 //! CertificatePolicies in a real cluster: what the API server makes of their definition, and what follows them.
 
-use std::{sync::Arc, time::Duration};
+#![allow(clippy::disallowed_methods, reason = "a test owns the task that it starts")]
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use csrd::{
     attest::{PodFacts, Workload},
@@ -174,6 +176,20 @@ async fn what_the_reader_accepts_the_api_server_accepts() {
 }
 
 #[tokio::test]
+async fn kubectl_takes_the_example_of_the_readme() {
+    let Some(cluster) = ControlPlane::shared().await else { return };
+    define(cluster).await;
+    let readme = include_str!("../../README.md");
+    let example =
+        readme.split("```yaml\n").find(|block| block.contains("kubernetes:")).and_then(|rest| rest.split("```").next());
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), example.unwrap()).unwrap();
+    let path = file.path().to_str().unwrap();
+    let taken = cluster.kubectl(&["create", "--dry-run=server", "-f", path]).await;
+    assert!(taken.status.success(), "{taken:?}");
+}
+
+#[tokio::test]
 async fn what_the_api_server_refuses_the_reader_refuses() {
     let Some(cluster) = ControlPlane::shared().await else { return };
     define(cluster).await;
@@ -239,7 +255,7 @@ async fn what_the_api_server_refuses_the_reader_refuses() {
 /// Follows the policies of a cluster, for one test.
 struct Following {
     policies: watch::Receiver<Arc<PolicySet>>,
-    problems: watch::Receiver<std::collections::BTreeMap<String, Examined>>,
+    problems: watch::Receiver<BTreeMap<String, Examined>>,
     synced: watch::Receiver<bool>,
     metrics: Metrics,
     stop: CancellationToken,
@@ -262,7 +278,7 @@ impl Following {
 
     /// Waits until this has been found of the policy.
     async fn found(&mut self, name: &str, found: impl Fn(&Examined) -> bool) -> Examined {
-        let found = |problems: &std::collections::BTreeMap<String, Examined>| problems.get(name).is_some_and(&found);
+        let found = |problems: &BTreeMap<String, Examined>| problems.get(name).is_some_and(&found);
         timeout(NEVER, self.problems.wait_for(found)).await.expect("it is examined").unwrap()[name].clone()
     }
 

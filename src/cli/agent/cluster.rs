@@ -15,7 +15,8 @@ use crate::{
     clock::Clock,
     config::Kubernetes,
     kubernetes::{self, Identity},
-    policy::PolicySet,
+    metrics::Metrics,
+    policy::{PolicySet, watch::ClusterPolicies},
     signer::Sign,
 };
 
@@ -30,10 +31,11 @@ pub(super) struct InCluster {
     pub(super) background: Vec<Background>,
 }
 
-/// Asks the API server who the agent is, for as long as it takes; `None` at the stop.
+/// Asks the API server who the agent is and which policies there are, for as long as it takes; `None` at the stop.
 pub(super) async fn join(
     config: Kubernetes,
     clock: &Clock,
+    metrics: &Metrics,
     stop: &CancellationToken,
 ) -> anyhow::Result<Option<InCluster>> {
     let client = kubernetes::connect(config.kubeconfig.as_deref()).await?;
@@ -43,9 +45,17 @@ pub(super) async fn join(
     let pods = Pods::new(Scope::Node(node.clone()), clock.clone());
     let tokens = Tokens::new(client.clone(), config.audience.clone(), node.clone());
     let (signers, mut background) = signers(&config);
-    background.push(("pods", Box::pin(pods.clone().run(client, stop.clone()))));
+    background.push(("pods", Box::pin(pods.clone().run(client.clone(), stop.clone()))));
     let cluster = Cluster { node, own_pod: identity.pod_uid, pods, tokens };
-    let (_, policies) = watch::channel(Arc::default());
+    let followed = ClusterPolicies::new(client, metrics.clone());
+    let (policies, mut synced) = (followed.subscribe(), followed.synced());
+    let mut following = Box::pin(followed.run(stop.clone()));
+    // Nobody is let in to be denied by policies that have only not been read yet.
+    tokio::select! {
+        () = &mut following => return Ok(None),
+        Ok(_) = synced.wait_for(|synced| *synced) => {}
+    }
+    background.push(("policies", following));
     Ok(Some(InCluster { cluster, policies, signers, background }))
 }
 

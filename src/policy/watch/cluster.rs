@@ -145,10 +145,10 @@ impl Seen {
     /// One event of the watch. Nothing of a list is published before all of it is there.
     async fn take_in(&mut self, event: Event<DynamicObject>) {
         match event {
-            Event::Init => return self.listed.clear(),
+            Event::Init => self.listed.clear(),
             Event::InitApply(object) => {
                 self.listed.insert(object.name_any());
-                return self.examine(object).await;
+                self.examine(object).await;
             }
             Event::InitDone => {
                 let listed = mem::take(&mut self.listed);

@@ -344,17 +344,6 @@ pub fn offers(policies: &PolicySet, workload: &Workload) -> Vec<Offer> {
     offers
 }
 
-/// Whether `name` is an RFC 1123 subdomain, as Kubernetes demands of most objects' names.
-fn is_object_name(name: &str) -> bool {
-    let is_label = |label: &str| {
-        !label.is_empty()
-            && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
-            && !label.starts_with('-')
-            && !label.ends_with('-')
-    };
-    name.len() <= MAX_NAME_BYTES && name.split('.').all(is_label)
-}
-
 /// Why [`offers`] has nothing for `workload`, or nothing with a SPIFFE ID: what becomes of each offer of each policy that
 /// matches.
 pub fn nothing_offered(policies: &PolicySet, workload: &Workload) -> Denial {
@@ -376,6 +365,17 @@ pub fn nothing_offered(policies: &PolicySet, workload: &Workload) -> Denial {
         refused.insert(policy.name.as_str(), refusals);
     }
     Denial::new(facts, None, &refused)
+}
+
+/// Whether `name` is an RFC 1123 subdomain, as Kubernetes demands of most objects' names.
+fn is_object_name(name: &str) -> bool {
+    let is_label = |label: &str| {
+        !label.is_empty()
+            && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    name.len() <= MAX_NAME_BYTES && name.split('.').all(is_label)
 }
 
 /// Foreign text made safe to show: quoted, control characters escaped, cut short.

@@ -252,6 +252,49 @@ async fn what_the_api_server_refuses_the_reader_refuses() {
     }
 }
 
+#[tokio::test]
+async fn the_reader_knows_the_names_of_signers_as_the_api_server_does() {
+    let Some(cluster) = ControlPlane::shared().await else { return };
+    let client = cluster.admin().await;
+    let long = |n: usize| "a".repeat(n);
+    let domain = |n: usize| [long(63), long(63), long(63), long(n - 192)].join(".");
+    let rows = [
+        "csrd.dev/workload",
+        "a.b/c.d",
+        "a.b/c--d",
+        "a/b",
+        "a.b/",
+        "/b",
+        "a.b",
+        "a.b/c/d",
+        "A.b/c",
+        "a.b/c_d",
+        "a.b/C",
+    ];
+    let long = [
+        format!("{}/a", domain(253)),
+        format!("{}/a", domain(254)),
+        format!("a.{}/a", long(63)),
+        format!("a.{}/a", long(64)),
+        format!("a.b/{}", long(253)),
+        format!("a.b/{}", long(254)),
+        format!("{}/{}.{}", domain(253), long(253), long(63)),
+        format!("{}/{}.{}", domain(253), long(253), long(64)),
+    ];
+    for name in rows.map(str::to_owned).into_iter().chain(long) {
+        let request = json!({"apiVersion": "certificates.k8s.io/v1", "kind": "CertificateSigningRequest",
+            "metadata": {"name": "tried-out"}, "spec": {"signerName": name, "request": "", "usages": ["client auth"]}});
+        let path = "/apis/certificates.k8s.io/v1/certificatesigningrequests?dryRun=All";
+        let request =
+            http::Request::post(path).header("content-type", "application/json").body(request.to_string().into());
+        let Err(kube::Error::Api(status)) = client.request::<Value>(request.unwrap()).await else {
+            panic!("no PKCS#10")
+        };
+        let refused = status.message.contains("spec.signerName");
+        assert_eq!(read(&with(json!({"signer": name}))).is_err(), refused, "{name}: {}", status.message);
+    }
+}
+
 /// Follows the policies of a cluster, for one test.
 struct Following {
     policies: watch::Receiver<Arc<PolicySet>>,

@@ -31,11 +31,11 @@ pub(super) struct InCluster {
     pub(super) background: Vec<Background>,
 }
 
-/// Asks the API server who the agent is, for as long as it takes; `None` at the stop.
+/// Asks the API server who the agent is and which policies there are, for as long as it takes; `None` at the stop.
 pub(super) async fn join(
     config: Kubernetes,
     clock: &Clock,
-    metrics: Metrics,
+    metrics: &Metrics,
     stop: &CancellationToken,
 ) -> anyhow::Result<Option<InCluster>> {
     let client = kubernetes::connect(config.kubeconfig.as_deref()).await?;
@@ -44,7 +44,7 @@ pub(super) async fn join(
     tracing::info!(user = identity.username, node, "the API server knows the agent");
     let pods = Pods::new(Scope::Node(node.clone()), clock.clone());
     let tokens = Tokens::new(client.clone(), config.audience.clone(), node.clone());
-    let policies = ClusterPolicies::new(client.clone(), metrics);
+    let policies = ClusterPolicies::new(client.clone(), metrics.clone());
     let in_force = policies.subscribe();
     let policies_synced = policies.synced();
     let (signers, mut background) = signers(&config);

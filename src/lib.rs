@@ -51,7 +51,7 @@
 //! | `files` | nothing of ours |
 //! | `socket` | nothing of ours |
 //! | `telemetry` | nothing of ours |
-//! | `kubernetes` | nothing of ours |
+//! | `kubernetes` | `telemetry` |
 //! | `rate` | nothing of ours |
 //! | `x509` | `spiffe` |
 //! | `attest::workload` | nothing of ours |
@@ -65,7 +65,7 @@
 //! | `server` | `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `hub`, `metrics`, `telemetry` |
 //! | `controller` | `attest::pods`, `attest::workload`, `policy`, `policy::watch`, `x509`, `signer`, `kubernetes`, `clock`, `backoff`, `rate`, `metrics`, `telemetry` |
 //! | `client` | `proto`, `socket`, `backoff`, `telemetry` |
-//! | `config` | `controller`, `policy`, `signer`, `files`, `socket`, `telemetry` |
+//! | `config` | `controller`, `kubernetes`, `policy`, `signer`, `files`, `socket`, `telemetry` |
 //! | `agent` | everything |
 //! | `cli` | everything |
 //! | `main` | everything |

@@ -316,3 +316,16 @@ impl AnswerError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_is_cut_between_characters() {
+        let fits = "x".repeat(MAX_MESSAGE_BYTES);
+        assert_eq!(clipped(fits.clone()), fits);
+        assert_eq!(clipped(format!("{fits}x")), fits);
+        assert_eq!(clipped(format!("{}\u{fc}", &fits[1..])), fits[1..]);
+    }
+}

@@ -179,6 +179,11 @@ impl Deployment {
 
     /// Starts a controller, with `more` in its configuration.
     pub(crate) async fn controller(&self, more: &str) -> Controller {
+        self.controller_with(more, &[]).await
+    }
+
+    /// With these variables in its environment.
+    pub(crate) async fn controller_with(&self, more: &str, variables: &[(&str, &str)]) -> Controller {
         let token = self.cluster.unbound_token(&self.home, "csrd-controller", &[]).await;
         let kubeconfig = self.cluster.access.kubeconfig(&Identity::Token(token));
         let (config, log) = (self.folder.path().join(unique("config")), self.folder.path().join(unique("log")));
@@ -190,7 +195,7 @@ impl Deployment {
         );
         fs::write(&config, text).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_csrd"));
-        command.arg("controller").arg("--config").arg(config).stdout(Stdio::null());
+        command.arg("controller").arg("--config").arg(config).envs(variables.iter().copied()).stdout(Stdio::null());
         let process = command.stderr(fs::File::create(&log).unwrap()).spawn().unwrap();
         Controller { process, log }
     }

@@ -7,6 +7,7 @@
 pub mod agent;
 pub mod completion;
 pub mod controller;
+pub mod crd;
 pub mod demo;
 pub mod issue;
 pub mod policy;
@@ -56,6 +57,7 @@ enum Command {
     Whoami(whoami::Args),
     Status(status::Args),
     Policy(policy::Args),
+    Crd(crd::Args),
     Completion(completion::Args),
 }
 
@@ -121,6 +123,7 @@ impl Command {
             Self::Whoami(args) => traced(whoami::run(args)).await,
             Self::Status(args) => traced(status::run(args)).await,
             Self::Policy(args) => policy::run(args),
+            Self::Crd(args) => crd::run(args),
             Self::Completion(args) => completion::run(args, <Cli as clap::CommandFactory>::command()),
         }
     }

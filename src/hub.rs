@@ -11,6 +11,7 @@
 
 mod entry;
 mod flight;
+mod following;
 mod queue;
 mod state;
 mod subscription;
@@ -41,7 +42,7 @@ use crate::{
 };
 
 pub use entry::{Delay, Live};
-pub(crate) use flight::pods_changed;
+pub use following::Following;
 pub use state::Row;
 pub use subscription::{Event, Subscription};
 
@@ -264,23 +265,9 @@ impl Hub {
         self.0.policies.clone()
     }
 
-    /// Tells of every change of a pod; never, outside of a cluster.
-    pub fn watch_pods(&self) -> Option<watch::Receiver<u64>> {
-        self.0.pods.as_ref().map(Pods::changed)
-    }
-
-    /// What `workload` is now: a pod may have been relabelled since it was attested.
-    ///
-    /// # Errors
-    /// [`HubError::PodGone`].
-    pub fn now_of(&self, workload: &Arc<Workload>) -> Result<Arc<Workload>, HubError> {
-        let (Some(pods), Some(pod)) = (&self.0.pods, workload.pod()) else { return Ok(workload.clone()) };
-        match pods.by_uid(&pod.uid) {
-            Some(now) => Ok(now),
-            None if pods.synced() => Err(HubError::PodGone(workload.to_string())),
-            // Nobody has said that it is gone.
-            None => Ok(workload.clone()),
-        }
+    /// What a workload is, as it changes.
+    pub fn watch_workload(&self, workload: Arc<Workload>) -> Following {
+        Following::new(self.clone(), workload)
     }
 
     /// What the policies in force say, with those policies.
@@ -319,17 +306,27 @@ impl Hub {
 
     /// Decides on an entry again if its pod or the policies have changed. A lost right ends it, and is returned.
     fn revise(&self, state: &mut State, id: u128) -> Option<HubError> {
-        let now = self.0.clock.now();
-        if let Some(entry) = state.entries.get(&id) {
-            match self.now_of(&entry.workload) {
-                Ok(workload) => state.becomes(id, workload),
-                Err(lost) => {
-                    state.lost(id, lost.clone(), now);
-                    return Some(lost);
-                }
+        let (now, entry) = (self.0.clock.now(), state.entries.get(&id)?);
+        match self.workload_now(&entry.workload) {
+            Ok(workload) => state.becomes(id, workload),
+            Err(gone) => {
+                state.lost(id, gone.clone(), now);
+                return Some(gone);
             }
         }
         state.redecide(id, &self.policies(), now)
+    }
+
+    /// What a workload is now, as far as it is told: a pod's facts change, and it ends. While nobody tells, it is what it
+    /// was.
+    fn workload_now(&self, workload: &Arc<Workload>) -> Result<Arc<Workload>, HubError> {
+        match (&self.0.pods, workload.pod()) {
+            (Some(pods), Some(pod)) => match pods.by_uid(&pod.uid) {
+                None if pods.synced() => Err(HubError::PodGone(workload.to_string())),
+                now => Ok(now.unwrap_or_else(|| workload.clone())),
+            },
+            _ => Ok(workload.clone()),
+        }
     }
 
     /// A follower of `id`, which must be there. An expired certificate is renewed at once.

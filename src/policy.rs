@@ -15,6 +15,7 @@ mod document;
 mod fact;
 mod judge;
 pub mod lifetime;
+pub mod schema;
 mod selector;
 mod signers;
 mod template;

@@ -13,7 +13,7 @@ use tracing::Instrument as _;
 
 use super::{FLIGHT_TIMEOUT, Hub, HubError, MAX_FLIGHTS, MAX_SLEEP, STOP_GRACE, Step, entry::Flight, with_causes};
 use crate::{
-    attest::Workload,
+    attest::{Pods, Workload},
     issue::{self, Credential},
     metrics::Metrics,
     signer::Stage,
@@ -39,7 +39,7 @@ impl Hub {
     pub async fn run(self, stop: CancellationToken) {
         let mut flights = Flights::default();
         let mut policies = self.0.policies.clone();
-        let mut pods = self.watch_pods();
+        let mut pods = self.0.pods.as_ref().map(Pods::changed);
         let mut jumps = self.0.clock.jumps();
         let mut bundles = StreamMap::new();
         for (name, signer) in &self.0.signers {
@@ -170,7 +170,7 @@ impl Hub {
 }
 
 /// Resolves when a pod has changed, if there are pods.
-pub(crate) async fn pods_changed(pods: &mut Option<watch::Receiver<u64>>) {
+async fn pods_changed(pods: &mut Option<watch::Receiver<u64>>) {
     let Some(pods) = pods else { return std::future::pending().await };
     // The hub holds the pods, so they do not go away before it.
     let _ = pods.changed().await;

@@ -30,7 +30,7 @@ const API_CLIENT_USAGES: Usages =
     Usages::empty().with(Usage::ClientAuth).with(Usage::DigitalSignature).with(Usage::KeyEncipherment);
 
 /// Signers that no workload certificate can come from, with the reason.
-const REFUSED: [(&str, &str); 3] = [
+pub(super) const REFUSED: [(&str, &str); 3] = [
     (
         "kubernetes.io/kubelet-serving",
         "it signs only for kubelets: organization system:nodes, a common name that begins with system:node:, server auth \

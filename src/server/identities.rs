@@ -16,13 +16,9 @@ use tokio::{
 use tonic::Code;
 use tracing::Instrument as _;
 
-use super::{
-    call::Call,
-    refusal::{Refusal, SIGNER_UNKNOWN_CODE},
-};
+use super::{call::Call, refusal::Refusal};
 use crate::{
-    attest::Workload,
-    hub::{Event, Hub, HubError, Live, Subscription, pods_changed},
+    hub::{Event, Following, Hub, HubError, Live, Subscription},
     policy::{self, Ask, Offer, PolicySet},
     spiffe::SpiffeId,
     x509::{Bundle, Names},
@@ -33,18 +29,17 @@ pub const MAX_IDENTITIES: usize = 100;
 /// How long after a failure a certificate is asked for again.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
-/// Of an identity at that place and of that name.
+/// Whether the identity at that place and of that name is meant.
 type Choice = Box<dyn Fn(usize, &str) -> bool + Send + Sync>;
 type Subscribing = Pin<Box<dyn Future<Output = Result<(Subscription, Live), HubError>> + Send>>;
 
 /// The identities of one workload, in order of policy name and then as offered; those without a SPIFFE ID come last.
 pub(super) struct Identities {
     hub: Hub,
-    workload: Arc<Workload>,
+    workload: Following,
     policies: watch::Receiver<Arc<PolicySet>>,
-    pods: Option<watch::Receiver<u64>>,
     offered: fn(&Offer) -> bool,
-    /// Whether its certificate is wanted.
+    /// Those whose certificates are wanted.
     wanted: Choice,
     list: Vec<Identity>,
 }
@@ -59,7 +54,8 @@ pub(super) struct Identity {
     pub(super) certificate: Certificate,
     ask: Ask,
     signer: String,
-    roots: watch::Receiver<Arc<Bundle>>,
+    /// `None` when the policy names a signer that is not there.
+    roots: Option<watch::Receiver<Arc<Bundle>>>,
 }
 
 /// Where the certificate of an identity stands.
@@ -79,8 +75,6 @@ enum Change {
     Denied,
     /// It is time to ask for it again.
     Retry,
-    /// Some pod's facts.
-    Pods,
     /// The roots, or that there is no certificate.
     Other,
 }
@@ -93,10 +87,9 @@ impl Identities {
         wanted: impl Fn(usize, &str) -> bool + Send + Sync + 'static,
     ) -> Result<Self, Refusal> {
         let hub = call.engine.hub.clone();
-        let (policies, pods) = (hub.watch_policies(), hub.watch_pods());
-        let workload = call.workload.clone();
-        let mut identities =
-            Self { hub, workload, policies, pods, offered, wanted: Box::new(wanted), list: Vec::new() };
+        let policies = hub.watch_policies();
+        let workload = hub.watch_workload(call.workload.clone());
+        let mut identities = Self { hub, workload, policies, offered, wanted: Box::new(wanted), list: Vec::new() };
         identities.follow_policies()?;
         Ok(identities)
     }
@@ -137,8 +130,8 @@ impl Identities {
     pub(super) fn bundles(&self) -> BTreeMap<&str, Vec<Arc<Bundle>>> {
         let mut bundles: BTreeMap<&str, Vec<Arc<Bundle>>> = BTreeMap::new();
         for identity in &self.list {
-            let Some(trust_domain) = &identity.trust_domain else { continue };
-            let (of_domain, roots) = (bundles.entry(trust_domain).or_default(), identity.roots());
+            let (Some(trust_domain), Some(roots)) = (&identity.trust_domain, identity.roots()) else { continue };
+            let of_domain = bundles.entry(trust_domain).or_default();
             if !of_domain.contains(&roots) {
                 of_domain.push(roots);
             }
@@ -151,35 +144,19 @@ impl Identities {
     /// # Errors
     /// No policy offers anything any more, or the pod is gone.
     pub(super) async fn changed(&mut self) -> Result<Option<SpanContext>, Refusal> {
-        loop {
-            let (change, at) = self.next_change().await;
-            if !matches!(change, Change::Pods) {
-                return self.take_in(change, at);
-            }
-            let now = self.hub.now_of(&self.workload).map_err(|lost| Refusal::from(&lost))?;
-            // Most changes are another pod's.
-            if *now != *self.workload {
-                self.workload = now;
-                self.follow_policies()?;
-                return Ok(None);
-            }
-        }
-    }
-
-    async fn next_change(&mut self) -> (Change, Option<usize>) {
         let changes = self.list.iter_mut().map(|identity| Box::pin(identity.changed()));
-        tokio::select! {
+        let (change, at) = tokio::select! {
             biased;
             Ok(()) = self.policies.changed() => (Change::Other, None),
-            () = pods_changed(&mut self.pods) => (Change::Pods, None),
+            other = self.workload.changed() => {
+                other.map_err(|gone| Refusal::from(&gone))?;
+                (Change::Other, None)
+            }
             (change, at, _) = select_all(changes) => (change, Some(at)),
-        }
-    }
-
-    fn take_in(&mut self, change: Change, at: Option<usize>) -> Result<Option<SpanContext>, Refusal> {
+        };
         match (change, at) {
             (Change::Certificate(trace), _) => return Ok(trace),
-            (Change::Other, Some(_)) | (Change::Pods, _) => {}
+            (Change::Other, Some(_)) => {}
             (Change::Retry, _) => self.ask_for_wanted(),
             (Change::Denied, _) if !self.policies.has_changed().unwrap_or(false) => {}
             (Change::Denied | Change::Other, _) => self.follow_policies()?,
@@ -190,11 +167,11 @@ impl Identities {
     /// Takes in what the policies in force offer, and keeps what is at hand of it.
     fn follow_policies(&mut self) -> Result<(), Refusal> {
         let policies = self.policies.borrow_and_update().clone();
-        let mut offers = policy::offers(&policies, &self.workload);
+        let mut offers = policy::offers(&policies, self.workload.workload());
         offers.retain(self.offered);
         offers.sort_by_key(|offer| !is_spiffe(offer));
         if offers.len() > MAX_IDENTITIES {
-            let (workload, offers) = (&self.workload, offers.len());
+            let (workload, offers) = (self.workload.workload(), offers.len());
             tracing::warn!(%workload, offers, "policies offer more identities than {MAX_IDENTITIES}; the last are left out");
         }
         let mut before = mem::take(&mut self.list);
@@ -203,13 +180,13 @@ impl Identities {
             let at_hand = before.iter().position(|it| (&it.ask, it.signer.as_str()) == (&ask, signer));
             let mut identity = match at_hand {
                 Some(at) => before.swap_remove(at),
-                None => Identity::new(&self.hub, ask, signer)?,
+                None => Identity::new(&self.hub, ask, signer),
             };
             identity.hint = offer.hint;
             self.list.push(identity);
         }
         if self.list.is_empty() {
-            let denial = policy::nothing_offered(&policies, &self.workload);
+            let denial = policy::nothing_offered(&policies, self.workload.workload());
             return Err(Refusal::new(Code::PermissionDenied, denial.reason(), denial.to_string()));
         }
         self.ask_for_wanted();
@@ -224,7 +201,8 @@ impl Identities {
                 Certificate::Pending(_) | Certificate::Live(..) if wanted => {}
                 _ if !wanted => identity.certificate = Certificate::Unwanted,
                 _ => {
-                    let (hub, workload, ask) = (self.hub.clone(), self.workload.clone(), identity.ask.clone());
+                    let workload = self.workload.workload().clone();
+                    let (hub, ask) = (self.hub.clone(), identity.ask.clone());
                     let subscribed = async move {
                         let mut subscription = hub.subscribe(workload, ask, None).await?;
                         let live = subscription.first().await?;
@@ -247,27 +225,30 @@ fn spiffe_id(names: &Names) -> Option<SpiffeId> {
 }
 
 impl Identity {
-    fn new(hub: &Hub, ask: Ask, signer: &str) -> Result<Self, Refusal> {
-        let roots = hub.bundle(signer).ok_or_else(|| {
-            let message = format!("a policy names signer {signer:?}, which this agent does not have");
-            Refusal::new(SIGNER_UNKNOWN_CODE, "SIGNER_UNKNOWN", message)
-        })?;
+    fn new(hub: &Hub, ask: Ask, signer: &str) -> Self {
+        let roots = hub.bundle(signer);
         let spiffe_id = spiffe_id(&ask.names);
         let trust_domain = spiffe_id.as_ref().map(|id| id.trust_domain().to_owned());
         let name = spiffe_id.map(|id| id.as_str().to_owned());
         let name = name.or_else(|| ask.names.dns.first().map(ToString::to_string)).unwrap_or_default();
         let (hint, certificate, signer) = (String::new(), Certificate::Unwanted, signer.to_owned());
-        Ok(Self { name, trust_domain, hint, certificate, ask, signer, roots })
+        Self { name, trust_domain, hint, certificate, ask, signer, roots }
     }
 
     /// The roots of its signer, never older than its certificate.
-    pub(super) fn roots(&self) -> Arc<Bundle> {
-        self.roots.borrow().clone()
+    pub(super) fn roots(&self) -> Option<Arc<Bundle>> {
+        self.roots.as_ref().map(|roots| roots.borrow().clone())
     }
 
     async fn changed(&mut self) -> Change {
+        let roots = async {
+            match &mut self.roots {
+                Some(roots) => roots.changed().await.is_ok(),
+                None => false,
+            }
+        };
         tokio::select! {
-            Ok(()) = self.roots.changed() => Change::Other,
+            true = roots => Change::Other,
             change = self.certificate.changed() => change,
         }
     }

@@ -54,7 +54,10 @@ use std::{
 };
 
 use kube::Client;
-use tokio::{sync::OnceCell, time::sleep};
+use tokio::{
+    sync::OnceCell,
+    time::{sleep, timeout},
+};
 
 pub(crate) use self::{
     access::{Access, Identity},
@@ -202,7 +205,7 @@ impl ControlPlane {
                 sleep(POLL).await;
             }
         };
-        tokio::time::timeout(PATIENCE, ready).await.unwrap_or_else(|_| Err("the API server is not ready".into()))
+        timeout(PATIENCE, ready).await.unwrap_or_else(|_| Err("the API server is not ready".into()))
     }
 
     /// Ends a part as a crash would.
@@ -356,6 +359,23 @@ impl ControlPlane {
 pub(crate) fn unique(name: &str) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     format!("{name}-{}-{:04x}", NEXT.fetch_add(1, Ordering::Relaxed), std::process::id() & 0xffff)
+}
+
+/// What `look` finds, looked for until it is there.
+///
+/// # Panics
+///
+/// If it is not there after [`PATIENCE`]: `what` should have happened.
+pub(crate) async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
+    let found = async {
+        loop {
+            if let Some(found) = look().await {
+                return found;
+            }
+            sleep(POLL).await;
+        }
+    };
+    timeout(PATIENCE, found).await.unwrap_or_else(|_| panic!("never seen: {what}"))
 }
 
 /// Whether the tests with a control plane are left out; says so, with the name of the test.

@@ -250,7 +250,7 @@ async fn of_a_stream_that_its_client_does_not_read_no_more_is_held_than_the_boun
     ca.add_root_of(&other);
     let both = ca.roots.borrow().clone();
     let mut offered = 0;
-    while offered < usize::try_from(u16::MAX).unwrap() - both.pem().len() {
+    while offered < usize::from(u16::MAX) - both.pem().len() {
         let roots = if *ca.roots.borrow() == both { &one } else { &both };
         offered += roots.pem().len();
         ca.roots.send_replace(roots.clone());

@@ -19,6 +19,8 @@ mod hostile_h2;
 mod issue;
 mod node;
 mod openssl;
+mod pods;
+mod policies;
 mod raw_h2;
 mod sds;
 mod start;

@@ -21,6 +21,7 @@ use crate::{
     host::{Host, Signer, UID},
 };
 
+const OTHER: &str = "example.org/other";
 pub(crate) const TD: &str = "spiffe://example.org";
 /// Far above any timer of the agent's; paused time costs nothing.
 pub(crate) const NEVER: Duration = Duration::from_secs(24 * 3600);
@@ -300,9 +301,9 @@ async fn a_right_that_comes_back_before_anybody_looks_ends_nothing() {
 
 #[tokio::test(start_paused = true)]
 async fn an_identity_whose_signer_fails_holds_up_no_other_and_joins_when_it_can() {
-    let (ca, other) = (Signer::new(NAME, Duration::ZERO), Signer::new("example.org/other", Duration::ZERO));
+    let (ca, other) = (Signer::new(NAME, Duration::ZERO), Signer::new(OTHER, Duration::ZERO));
     other.down.store(true, Ordering::Relaxed);
-    let policies = policy("a", NAME, &[&id("a")]) + &policy("b", "example.org/other", &[&id("b")]);
+    let policies = policy("a", NAME, &[&id("a")]) + &policy("b", OTHER, &[&id("b")]);
     let mut scene = Scene::of(Host::new(&policies, &[ca.clone(), other.clone()], Limits::default())).await;
     let mut svids = scene.svids().await.unwrap();
     assert_eq!(ids(&next(&mut svids).await), ["/a"]);
@@ -316,9 +317,9 @@ async fn an_identity_whose_signer_fails_holds_up_no_other_and_joins_when_it_can(
 
 #[tokio::test(start_paused = true)]
 async fn nothing_takes_the_place_of_the_default_identity() {
-    let (ca, other) = (Signer::new(NAME, Duration::ZERO), Signer::new("example.org/other", Duration::ZERO));
+    let (ca, other) = (Signer::new(NAME, Duration::ZERO), Signer::new(OTHER, Duration::ZERO));
     ca.down.store(true, Ordering::Relaxed);
-    let policies = policy("a", NAME, &[&id("a")]) + &policy("b", "example.org/other", &[&id("b")]);
+    let policies = policy("a", NAME, &[&id("a")]) + &policy("b", OTHER, &[&id("b")]);
     let mut scene = Scene::of(Host::new(&policies, &[ca.clone(), other], Limits::default())).await;
     let status = end(&mut scene.svids().await.unwrap()).await;
     assert_eq!((status.code(), reason(&status).as_str()), (Code::Unavailable, "CA_NOT_VALID"));
@@ -329,9 +330,9 @@ async fn nothing_takes_the_place_of_the_default_identity() {
 
 #[tokio::test(start_paused = true)]
 async fn what_has_expired_is_told_to_nobody() {
-    for (down, left) in [("example.org/other", Some("/a")), (NAME, None)] {
-        let signers = [Signer::new(NAME, Duration::ZERO), Signer::new("example.org/other", Duration::ZERO)];
-        let policies = policy("a", NAME, &[&id("a")]) + &policy("b", "example.org/other", &[&id("b")]);
+    for (down, left) in [(OTHER, Some("/a")), (NAME, None)] {
+        let signers = [Signer::new(NAME, Duration::ZERO), Signer::new(OTHER, Duration::ZERO)];
+        let policies = policy("a", NAME, &[&id("a")]) + &policy("b", OTHER, &[&id("b")]);
         let mut scene = Scene::of(Host::new(&policies, &signers, Limits::default())).await;
         let mut svids = scene.svids().await.unwrap();
         assert_eq!(ids(&next(&mut svids).await), ["/a", "/b"]);
@@ -357,8 +358,13 @@ async fn what_has_expired_is_told_to_nobody() {
 #[tokio::test(start_paused = true)]
 async fn what_may_pass_by_itself_is_unavailable() {
     let mut unknown = Scene::new(&policy("a", "example.org/nobody", &[&id("a")])).await;
-    let status = unknown.refused().await;
-    assert_eq!((status.code(), reason(&status).as_str()), (Code::Unavailable, "SIGNER_UNKNOWN"));
+    let (mut svids, mut bundles) = (unknown.svids().await.unwrap(), unknown.bundles().await.unwrap());
+    for status in [end(&mut svids).await, end(&mut bundles).await] {
+        assert_eq!((status.code(), reason(&status).as_str()), (Code::Unavailable, "SIGNER_UNKNOWN"));
+    }
+    let known = policy("0", NAME, &[&id("known")]) + &policy("a", "example.org/nobody", &[&id("a")]);
+    let mut beside = Scene::new(&known).await;
+    assert_eq!(ids(&next(&mut beside.svids().await.unwrap()).await), ["/known"]);
 
     let one = Rate { per_second: NonZeroU32::MIN, burst: NonZeroU32::MIN };
     let ca = Signer::new(NAME, Duration::ZERO);

@@ -31,7 +31,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     kubernetes,
     metrics::Metrics,
-    policy::{API_VERSION, KIND, MAX_POLICIES, PLURAL, PolicySet, Problem, Source, whom::Whom},
+    policy::{API_VERSION, KIND, MAX_POLICIES, PLURAL, PolicySet, Problem, Source, schema::PODS_ONLY, whom::Whom},
 };
 
 /// The CertificatePolicies of a cluster and the set that they make.
@@ -257,8 +257,7 @@ async fn compile(name: &str, document: String) -> Result<PolicySet, Vec<Problem>
         problems
     })?;
     if set.policies.iter().any(|policy| matches!(policy.whom, Whom::Processes(_))) {
-        let message = "a policy in a cluster is about pods; put one about processes of a host into a file on that host";
-        return Err(vec![problem(name, "spec.match.unix", message.to_owned())]);
+        return Err(vec![problem(name, "spec.match.unix", PODS_ONLY.to_owned())]);
     }
     Ok(set)
 }

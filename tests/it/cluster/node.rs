@@ -21,12 +21,9 @@ use kube::{
     runtime::wait::{await_condition, conditions::is_pod_running},
 };
 use serde_json::{Value, json};
-use tokio::{
-    sync::OnceCell,
-    time::{sleep, timeout},
-};
+use tokio::{sync::OnceCell, time::timeout};
 
-use super::{ControlPlane, Options, PATIENCE, POLL};
+use super::{ControlPlane, Options, PATIENCE, eventually};
 
 pub(crate) const CSRD_IMAGE: &str = "csrd.test/csrd:test";
 pub(crate) const SHELL_IMAGE: &str = "csrd.test/shell:test";
@@ -123,12 +120,7 @@ state = "{folder}/containerd/state"
         let mut command = Command::new(given.containerd.join("containerd"));
         command.arg("--config").arg("containerd.toml").env("PATH", path);
         self.cluster.processes.start("containerd", command);
-        let up = async {
-            while !self.file("containerd.sock").exists() {
-                sleep(POLL).await;
-            }
-        };
-        timeout(PATIENCE, up).await.expect("containerd listens");
+        eventually("containerd listens", async || self.file("containerd.sock").exists().then_some(())).await;
         for image in ["csrd.tar", "shell.tar"] {
             let mut import = Command::new(given.containerd.join("ctr"));
             import.arg("--address").arg(self.file("containerd.sock"));
@@ -176,15 +168,8 @@ state = "{folder}/containerd/state"
     async fn approve_serving_certificate(&self) {
         let requests: Api<CertificateSigningRequest> = Api::all(self.cluster.admin().await);
         let serving = ListParams::default().fields("spec.signerName=kubernetes.io/kubelet-serving");
-        let asked = async {
-            loop {
-                if let Some(request) = requests.list(&serving).await.unwrap().items.pop() {
-                    return request.name_any();
-                }
-                sleep(POLL).await;
-            }
-        };
-        let name = timeout(PATIENCE, asked).await.expect("the kubelet asks for a serving certificate");
+        let asked = async || requests.list(&serving).await.unwrap().items.pop();
+        let name = eventually("the kubelet asks for a serving certificate", asked).await.name_any();
         let approved = json!({"status": {"conditions": [
             {"type": "Approved", "status": "True", "reason": "Test", "message": "the only kubelet there is"},
         ]}});

@@ -172,6 +172,29 @@ async fn what_is_not_addressed_to_us_is_left_alone_and_what_others_approved_is_j
     }
 }
 
+/// What the API server must do for a verdict to be about the request that was judged.
+#[tokio::test]
+async fn a_verdict_on_a_request_that_was_made_anew_under_its_name_is_a_conflict() {
+    let Some(deployment) = Deployment::new().await else { return };
+    let pod = deployment.workload(0).await;
+    let request = deployment.request(&pod);
+    let judged = make(&deployment.admin, request.clone()).await.unwrap();
+    let requests: Api<Request> = Api::all(deployment.admin.clone());
+    requests.delete(&judged.name_any(), &DeleteParams::default()).await.unwrap();
+    let another = make(&deployment.admin, request).await.unwrap();
+    for (subresource, status) in [
+        ("approval", json!({"conditions": [{"type": "Approved", "status": "True"}]})),
+        ("status", json!({"certificate": "aaaa"})),
+    ] {
+        let patch = json!({"metadata": {"resourceVersion": judged.resource_version()}, "status": status});
+        let (parameters, patch) = (PatchParams::default(), Patch::Merge(&patch));
+        match requests.patch_subresource(subresource, &another.name_any(), &parameters, &patch).await {
+            Err(kube::Error::Api(status)) => assert!(status.is_conflict(), "{status}"),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
 #[tokio::test]
 async fn requests_for_another_signer_are_approved_where_the_controller_is_told_to_and_signed_there() {
     let Some(deployment) = Deployment::new().await else { return };

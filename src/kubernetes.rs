@@ -3,14 +3,18 @@
 //! Invariant: nothing here proves anything. Labels and annotations are written by whoever creates an object; the
 //! controller takes them as a claim and checks it against what the API server itself wrote.
 
+mod trace;
+
 use std::path::{Path, PathBuf};
 
 use k8s_openapi::api::authentication::v1::SelfSubjectReview;
 use kube::{
     Api, Client, Config,
     api::PostParams,
+    client::ClientBuilder,
     config::{KubeConfigOptions, Kubeconfig},
 };
+use tower::ServiceBuilder;
 
 /// The signer that the controller signs for, and that a policy in a cluster means when it names none.
 pub const SIGNER: &str = "csrd.dev/workload";
@@ -101,7 +105,8 @@ pub async fn connect(kubeconfig: Option<&Path>) -> Result<Client, ConnectError> 
         }
         None => Config::incluster()?,
     };
-    Ok(Client::try_from(config)?)
+    let traced = ServiceBuilder::new().map_request(trace::name_span).map_future(trace::record_audit_id);
+    Ok(ClientBuilder::try_from(config)?.with_layer(&traced.into_inner()).build())
 }
 
 /// This process, as the API server knows it.

@@ -51,7 +51,7 @@
 //! | `files` | nothing of ours |
 //! | `socket` | nothing of ours |
 //! | `telemetry` | nothing of ours |
-//! | `kubernetes` | nothing of ours |
+//! | `kubernetes` | `telemetry` |
 //! | `rate` | nothing of ours |
 //! | `x509` | `spiffe` |
 //! | `attest::workload` | nothing of ours |

@@ -316,3 +316,122 @@ impl AnswerError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, convert::Infallible, sync::Mutex, time::SystemTime};
+
+    use http::{Method, Response, StatusCode};
+    use http_body_util::Full;
+    use kube::client::Body;
+    use serde_json::Value;
+
+    use super::*;
+    use crate::{attest::pods::Scope, signer::embedded::Embedded};
+
+    type Sent = Arc<Mutex<Vec<(Method, String, Value)>>>;
+
+    /// Answers before an API server that answers everything alike, and what that was sent.
+    fn answers(code: StatusCode, answer: Value) -> (Answers, Sent) {
+        let sent = Sent::default();
+        let record = sent.clone();
+        let service = tower::service_fn(move |request: http::Request<Body>| {
+            let (record, answer) = (record.clone(), answer.to_string());
+            async move {
+                let (head, body) = request.into_parts();
+                let body = serde_json::from_slice(&body.collect_bytes().await.unwrap()).unwrap_or_default();
+                record.lock().unwrap().push((head.method, head.uri.path().to_owned(), body));
+                Ok::<_, Infallible>(Response::builder().status(code).body(Full::from(answer)).unwrap())
+            }
+        });
+        let client = Client::new(service, "default");
+        let clock = Clock::paused(SystemTime::UNIX_EPOCH + Duration::from_secs(1_900_000_000));
+        let (metrics, hour) = (Metrics::new(), Duration::from_secs(3600));
+        let signer = Embedded::ephemeral(hour, &clock, metrics.signer("test")).unwrap();
+        let answers = Answers {
+            denials: Denials::new(client.clone(), "test"),
+            client,
+            rules: Rules {
+                signer: "csrd.dev/workload".into(),
+                approves: BTreeSet::new(),
+                agent: ("csrd-system".into(), "csrd-agent".into()),
+            },
+            pods: Pods::new(Scope::Cluster, clock.clone()),
+            policies: watch::channel(Arc::default()).1,
+            signer: Arc::new(signer),
+            published: watch::channel(None).1,
+            clock,
+            signed: metrics.signer("test"),
+            metrics,
+        };
+        (answers, sent)
+    }
+
+    /// A request that is refused without a look at any pod.
+    fn refused(approved: bool) -> Turn {
+        let request = Request {
+            name: "csrd-0".into(),
+            uid: "uid".into(),
+            version: "7".into(),
+            node: "n1".into(),
+            approved,
+            traceparent: None,
+            claim: Err(Refusal::Expiration),
+        };
+        Turn { request: Box::new(request), failures: 0 }
+    }
+
+    fn status(code: u16, reason: &str, retry_after: u32) -> Value {
+        json!({"status": "Failure", "code": code, "reason": reason, "message": "no",
+            "details": {"retryAfterSeconds": retry_after}})
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_denial_is_one_write_that_names_the_version_it_was_decided_on() {
+        let (answers, sent) =
+            answers(StatusCode::OK, json!({"metadata": {}, "spec": {"request": "", "signerName": ""}}));
+        assert!(matches!(answers.answer(refused(false)).await, Outcome::Answered));
+        let sent = sent.lock().unwrap();
+        let [(method, path, patch)] = sent.as_slice() else { panic!("{sent:?}") };
+        let expected = "/apis/certificates.k8s.io/v1/certificatesigningrequests/csrd-0/approval";
+        assert_eq!((method, path.as_str()), (&Method::PATCH, expected));
+        assert_eq!(patch["metadata"], json!({"resourceVersion": "7"}));
+        let condition = &patch["status"]["conditions"][0];
+        assert_eq!(
+            (condition["type"].as_str(), condition["reason"].as_str()),
+            (Some("Denied"), Some("EXPIRATION_MISSING"))
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_the_api_server_says_decides_what_becomes_of_a_request() {
+        let outcome = async |code: StatusCode, reason: &str, retry_after| {
+            answers(code, status(code.as_u16(), reason, retry_after)).0.answer(refused(false)).await
+        };
+        assert!(matches!(outcome(StatusCode::NOT_FOUND, "NotFound", 0).await, Outcome::Answered));
+        assert!(matches!(outcome(StatusCode::CONFLICT, "Conflict", 0).await, Outcome::Changed));
+        for (code, seconds) in [(403, 0), (422, 0), (429, 7), (500, 0), (503, 60)] {
+            let before = Instant::now();
+            let code = StatusCode::from_u16(code).unwrap();
+            let Outcome::Again(at, request) = outcome(code, "", seconds).await else { panic!("{code}") };
+            assert!(at - before >= Duration::from_secs(seconds.into()).max(Duration::from_millis(200)), "{code}");
+            assert_eq!((request.version.as_str(), request.approved), ("7", false));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn another_request_of_the_same_name_is_not_failed_in_its_place() {
+        let other = json!({"metadata": {"uid": "another"}, "spec": {"request": "", "signerName": ""}});
+        let (answers, sent) = answers(StatusCode::OK, other);
+        assert!(matches!(answers.answer(refused(true)).await, Outcome::Answered));
+        assert!(sent.lock().unwrap().iter().all(|(method, ..)| method == Method::GET));
+    }
+
+    #[test]
+    fn a_message_is_cut_between_characters() {
+        let fits = "x".repeat(MAX_MESSAGE_BYTES);
+        assert_eq!(clipped(fits.clone()), fits);
+        assert_eq!(clipped(format!("{fits}x")), fits);
+        assert_eq!(clipped(format!("{}\u{fc}", &fits[1..])), fits[1..]);
+    }
+}

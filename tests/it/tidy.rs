@@ -24,7 +24,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ("files", &[]),
     ("socket", &[]),
     ("telemetry", &[]),
-    ("kubernetes", &[]),
+    ("kubernetes", &["telemetry"]),
     ("rate", &[]),
     ("x509", &["spiffe"]),
     ("attest::workload", &[]),

@@ -150,7 +150,9 @@ async fn a_pod_gets_its_services_certificate_through_a_request_that_is_gone_afte
     let asked = ["csrd", "issue", "-o", "json", "--dns", &name, "--dns", &long];
     let issued = issue(node, &namespace, "web", &asked).await;
     assert_eq!((&issued["policy"], &issued["signer_name"]), (&namespace.clone().into(), &"csrd.dev/workload".into()));
-    let roots = kubectl(node, &["-n", SYSTEM, "get", "configmap", "csrd-trust-bundle", "-o", "jsonpath={.data.ca\\.crt}"]).await;
+    let roots =
+        kubectl(node, &["-n", SYSTEM, "get", "configmap", "csrd-trust-bundle", "-o", "jsonpath={.data.ca\\.crt}"])
+            .await;
     assert_eq!(issued["trust_bundle"].as_str().unwrap().trim(), roots.trim(), "what the controller publishes");
     let left = eventually("no request is left", async || {
         let left = kubectl(node, &["get", "csr", "-l", "app.kubernetes.io/managed-by=csrd", "-o", "name"]).await;
@@ -168,7 +170,8 @@ async fn a_subscriber_outlives_its_agent_and_ends_with_its_right() {
     let node = deployed().await;
     let namespace = served(node).await;
     // Started before any policy is known to match, it would be refused and end: so it asks until it is answered.
-    let watch = "until csrd watch --dir /tmp/certs -o json; do [ $? = 77 ] && [ -e /tmp/certs ] && exit 77; sleep 1; done";
+    let watch =
+        "until csrd watch --dir /tmp/certs -o json; do [ $? = 77 ] && [ -e /tmp/certs ] && exit 77; sleep 1; done";
     node.run(workload(&namespace, "label", &["sh", "-c", watch])).await;
     node.run(workload(&namespace, "policy", &["sh", "-c", watch])).await;
     for pod in ["label", "policy"] {

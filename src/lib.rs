@@ -57,10 +57,11 @@
 //! | `policy` | `x509`, `attest::workload` |
 //! | `attest` | `clock` |
 //! | `policy::watch` | `policy`, `files`, `metrics` |
-//! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `metrics` |
+//! | `trust` | `x509`, `files` |
+//! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `metrics`, `backoff`, `telemetry`, `kubernetes` |
 //! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock` |
 //! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `metrics`, `telemetry` |
-//! | `server` | `proto`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `hub`, `metrics`, `telemetry` |
+//! | `server` | `proto`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `issue`, `hub`, `metrics`, `telemetry` |
 //! | `client` | `proto`, `socket`, `backoff`, `telemetry` |
 //! | `config` | `policy`, `signer`, `files`, `socket`, `telemetry` |
 //! | `agent` | everything |
@@ -100,4 +101,5 @@ pub mod socket;
 pub mod spiffe;
 pub mod tasks;
 pub mod telemetry;
+pub mod trust;
 pub mod x509;

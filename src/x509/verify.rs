@@ -199,8 +199,7 @@ fn check_names(leaf: &X509Certificate<'_>, expected: &Names) -> Result<(), Verif
     let san = leaf.subject_alternative_name().map_err(|_| VerifyError::Extension { extension: "subjectAltName" })?;
     if let Some(san) = &san {
         read::alternative_names(san.value, &mut names)?;
-        let no_subject = names.common_name.is_none() && names.organizations.is_empty();
-        if san.critical != no_subject {
+        if san.critical != names.has_no_subject() {
             return Err(VerifyError::SanCriticality);
         }
     }

@@ -8,6 +8,7 @@ mod attest;
 mod authority;
 mod bad_input;
 mod client;
+mod cluster;
 mod commands;
 mod disk;
 mod fake_agent;

@@ -52,6 +52,12 @@ pub const APPROVAL_TIMEOUT: Duration = Duration::from_secs(25);
 /// How long an approved request may wait for its certificate.
 pub const SIGNING_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// Certificates a second that an agent asks its API server for at most, all signers together, unless configured: each is
+/// three or four requests, so no more than 100 requests a second.
+pub const DEFAULT_PER_SECOND: u32 = 25;
+/// Certificates at once: those of a node's pods when all of them start together.
+pub const DEFAULT_BURST: u32 = 110;
+
 /// Who approves the requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Approval {

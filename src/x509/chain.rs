@@ -309,6 +309,16 @@ mod tests {
     }
 
     #[test]
+    fn a_chain_loses_the_roots_that_its_signer_sent_along() {
+        let [leaf, intermediate, root] = [(); 3].map(|()| certificate(|_| ()));
+        let bundle = Bundle::from_der(vec![root.clone()]).unwrap();
+        let whole = Chain::from_der(vec![leaf.clone(), intermediate.clone(), root.clone()]).unwrap();
+        assert_eq!(whole.without(&bundle).unwrap(), Chain::from_der(vec![leaf, intermediate]).unwrap());
+        assert_eq!(Chain::from_der(vec![root]).unwrap().without(&bundle), Err(ChainError::Empty));
+        assert!(Bundle::none().is_empty() && !bundle.is_empty());
+    }
+
+    #[test]
     fn a_bundle_reads_back_and_holds_no_root_twice() {
         let (a, b) = (certificate(|_| ()), certificate(|_| ()));
         let bundle = Bundle::from_der(vec![a.clone(), b.clone(), a.clone()]).unwrap();

@@ -1,24 +1,32 @@
 //! Certificates that come back: what was asked for, and what is believed.
 
 use std::{
-    sync::Arc,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
 use csrd::{
+    clock::Clock,
     issue::IssueError,
     signer::{Sign as _, Stage},
     x509::{Csr, KeyAlgorithm, Names, PrivateKey, Usages, VerifyError},
 };
 use k8s_openapi::api::certificates::v1::CertificateSigningRequest;
 use kube::ResourceExt as _;
-use tokio::sync::mpsc;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{Barrier, mpsc},
+};
 
 use super::{
     authority::{Authority, write},
-    rig::{BUILT_IN, Rig, client_auth, grant},
+    rig::{BUILT_IN, Rig, agent, client_auth, grant},
 };
-use crate::cluster::unique;
+use crate::cluster::{Access, ControlPlane, unique};
 
 #[tokio::test]
 async fn a_request_says_for_whom_it_is_and_asks_for_the_grant_and_no_more() {
@@ -105,6 +113,47 @@ async fn a_key_that_the_workload_holds_is_certified_by_its_own_request() {
     assert_eq!((error.reason(), error.is_transient()), ("CSR_NAMES_DIFFER", false));
     let said = csrd::hub::with_causes(&error);
     assert!(said.contains("make one for exactly app, app.example.org, 10.0.0.1, spiffe://example.org/app"), "{said}");
+}
+
+/// A relay to the API server that counts connections.
+async fn counting(cluster: &ControlPlane) -> (Access, Arc<AtomicUsize>) {
+    let server = cluster.access.url.trim_start_matches("https://").parse::<SocketAddr>().unwrap();
+    let relay = TcpListener::bind((server.ip(), 0)).await.unwrap();
+    let mut access = cluster.access.clone();
+    access.url = format!("https://{}", relay.local_addr().unwrap());
+    let count = Arc::new(AtomicUsize::new(0));
+    let counted = count.clone();
+    tokio::spawn(async move {
+        loop {
+            let (mut inside, _) = relay.accept().await.unwrap();
+            counted.fetch_add(1, Ordering::Relaxed);
+            tokio::spawn(async move {
+                let mut outside = TcpStream::connect(server).await.unwrap();
+                let _ = tokio::io::copy_bidirectional(&mut inside, &mut outside).await;
+            });
+        }
+    });
+    (access, count)
+}
+
+#[tokio::test]
+async fn attempts_side_by_side_share_one_connection() {
+    let Some(cluster) = ControlPlane::shared().await else { return };
+    let (access, connections) = counting(cluster).await;
+    let (pod, identity) = agent(cluster).await;
+    let rig = Rig::of(cluster, &access, identity, &pod, Clock::system()).await;
+    let signer = rig.built_in();
+    let together = Barrier::new(16);
+    let attempts = (0..16).map(|_| {
+        rig.attempt(&signer, async |name| {
+            together.wait().await;
+            rig.approve(name).await;
+        })
+    });
+    for issued in futures_util::future::join_all(attempts).await {
+        issued.unwrap();
+    }
+    assert_eq!(connections.load(Ordering::Relaxed), 1);
 }
 
 /// What a signer of the test's own wrote into the status of a request that was granted, and what became of it.

@@ -6,7 +6,13 @@ use prost::Message as _;
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut compiler = protox::Compiler::new(["proto"])?;
     compiler.include_source_info(true).include_imports(true);
-    compiler.open_files(["csrd/v1/certificate.proto"])?;
+    compiler.open_files([
+        "csrd/v1/certificate.proto",
+        "spiffe/workload.proto",
+        "envoy/service/secret/v3/sds.proto",
+        "envoy/extensions/transport_sockets/tls/v3/secret.proto",
+        "envoy/extensions/transport_sockets/tls/v3/tls_spiffe_validator_config.proto",
+    ])?;
     let out = std::path::PathBuf::from(std::env::var("OUT_DIR")?);
     // What gRPC reflection serves.
     std::fs::write(out.join("descriptors.bin"), compiler.encode_file_descriptor_set())?;

@@ -24,7 +24,7 @@ use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
-    attest::{self, Attestor},
+    attest::{self, Attestor, Pods, token::Tokens},
     clock::Clock,
     config::RateFile,
     hub::{self, Hub, Rate},
@@ -56,8 +56,10 @@ pub struct Parts {
     pub admin: Option<SocketAddr>,
     /// Wall clock.
     pub clock: Clock,
-    /// Policies in force.
+    /// Policies in force; in a cluster from the first change on, before which they have not been read.
     pub policies: watch::Receiver<Arc<PolicySet>>,
+    /// The cluster, for an agent in one.
+    pub cluster: Option<Cluster>,
     /// Signers, the default one first.
     pub signers: Vec<Arc<dyn Sign>>,
     /// Issuances of all signers together.
@@ -76,6 +78,18 @@ pub struct Parts {
     pub background: Vec<Background>,
     /// Stops everything.
     pub stop: CancellationToken,
+}
+
+/// What an agent knows of its cluster.
+pub struct Cluster {
+    /// The node it is on.
+    pub node: String,
+    /// UID of the pod it runs in, when it runs in one.
+    pub own_pod: Option<String>,
+    /// The pods of the node; to be run in the background.
+    pub pods: Pods,
+    /// Reviews tokens.
+    pub tokens: Tokens,
 }
 
 /// An agent whose sockets are open.
@@ -114,6 +128,9 @@ pub enum BuildError {
         /// Why not.
         source: io::Error,
     },
+    /// The kernel does not say where this process is.
+    #[error("cannot read the agent's own cgroup, by which pods are told from processes of the host")]
+    OwnCgroup(#[source] io::Error),
 }
 
 impl From<RateFile> for Rate {
@@ -135,13 +152,23 @@ pub async fn build(parts: Parts) -> Result<Bound, BuildError> {
     let admin_address = admin.as_ref().and_then(|listener| listener.local_addr().ok());
 
     let stop = parts.stop;
-    let attestor = Arc::new(Attestor::new());
-    tracing::info!(kernel = %attestor.capabilities(), "attests processes of this host");
+    let mut tasks = Tasks::new(stop.clone());
+    let (pods, policies) = match &parts.cluster {
+        None => (None, parts.policies),
+        Some(cluster) => {
+            let (in_force, policies) = watch::channel(Arc::default());
+            let task = put_in_force(parts.policies, in_force, cluster.pods.clone(), stop.clone());
+            tasks.spawn("policies in force", task);
+            (Some(cluster.pods.clone()), policies)
+        }
+    };
+    let attestor = Arc::new(attestor(parts.cluster).map_err(BuildError::OwnCgroup)?);
     let signers = parts.signers.clone();
     let default_signer = signers.first().map(|signer| signer.name().to_owned()).unwrap_or_default();
     let hub = Hub::new(hub::Parts {
         clock: parts.clock,
-        policies: parts.policies.clone(),
+        policies: policies.clone(),
+        pods: pods.clone(),
         signers: parts.signers,
         signer_rate: parts.signer_rate,
         principal_rate: parts.principal_rate,
@@ -160,11 +187,10 @@ pub async fn build(parts: Parts) -> Result<Bound, BuildError> {
     };
     let server = Server::new(engine, Routes::new(health_service));
 
-    let mut tasks = Tasks::new(stop.clone());
     tasks.spawn("hub", hub.run(stop.clone()));
     tasks.spawn("server", server.serve(listener));
-    tasks.spawn("attestor", follow_policies(attestor, parts.policies, signers.clone(), stop.clone()));
-    tasks.spawn("readiness", watch_signers(signers, parts.readiness.clone(), stop.clone()));
+    tasks.spawn("attestor", follow_policies(attestor, policies, signers.clone(), stop.clone()));
+    tasks.spawn("readiness", watch_readiness(signers, pods, parts.readiness.clone(), stop.clone()));
     tasks.spawn("health", report_health(health, parts.readiness.clone(), stop.clone()));
     if let Some(listener) = admin {
         tasks
@@ -182,6 +208,52 @@ impl Bound {
         let ended = self.tasks.run(stop::AGENT).await;
         remove(&self.socket, &self.file);
         ended
+    }
+}
+
+/// What attests callers, and in the log what it can tell on this host.
+fn attestor(cluster: Option<Cluster>) -> io::Result<Attestor> {
+    let attestor = Attestor::new();
+    let kernel = attestor.capabilities();
+    let Some(Cluster { node, own_pod, pods, tokens }) = cluster else {
+        tracing::info!(%kernel, "attests processes of this host; one in a pod is a process like any other");
+        return Ok(attestor);
+    };
+    let attestor = attestor.in_cluster(pods, tokens, own_pod)?;
+    tracing::info!(%kernel, node, "attests the pods of this node, and processes outside of pods by their user");
+    if !attestor.sees_other_pods() {
+        tracing::warn!("only the agent's own pod can be told: its pod spec needs hostPID: true");
+    }
+    Ok(attestor)
+}
+
+/// Puts each set of policies in force once the facts that it asks for are there, so that nothing is refused for a fact
+/// that has only not been read yet.
+async fn put_in_force(
+    mut read: watch::Receiver<Arc<PolicySet>>,
+    in_force: watch::Sender<Arc<PolicySet>>,
+    pods: Pods,
+    stop: CancellationToken,
+) {
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            changed = read.changed() => if changed.is_err() {
+                return stop.cancelled().await;
+            },
+        }
+        let policies = read.borrow_and_update().clone();
+        let services = policies.needs_services();
+        // What the old policies ask for stays until they are out of force.
+        pods.want_services(services || in_force.borrow().needs_services());
+        tokio::select! {
+            () = stop.cancelled() => return,
+            Ok(()) = read.changed() => read.mark_changed(),
+            () = pods.until_synced() => {
+                in_force.send_replace(policies);
+                pods.want_services(services);
+            }
+        }
     }
 }
 
@@ -208,10 +280,22 @@ async fn follow_policies(
     }
 }
 
-/// Ready while every signer could sign.
-async fn watch_signers(signers: Vec<Arc<dyn Sign>>, readiness: Readiness, stop: CancellationToken) {
+/// Ready while every signer could sign and, in a cluster, pods can be told.
+async fn watch_readiness(
+    signers: Vec<Arc<dyn Sign>>,
+    pods: Option<Pods>,
+    readiness: Readiness,
+    stop: CancellationToken,
+) {
     let condition = readiness.condition("signers");
+    let pods = pods.map(|pods| (pods, readiness.condition("pods")));
     loop {
+        if let Some((pods, condition)) = &pods {
+            match pods.ready() {
+                Ok(()) => condition.holds(),
+                Err(why) => condition.fails(why),
+            }
+        }
         match signers.iter().find_map(|signer| Some((signer.name(), signer.ready().err()?))) {
             Some((name, error)) => condition.fails(format!("{name}: {error}")),
             None => condition.holds(),

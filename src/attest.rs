@@ -21,25 +21,33 @@ use std::{
 use tokio::time::Instant;
 
 use self::{
+    cgroup::View,
+    cluster::Cluster,
     executable::Executables,
     names::Names,
     peer::{Observation, gone_or},
+    proc::ProcHandle,
 };
 pub use self::{
     kernel::Capabilities,
     peer::Peer,
+    pods::Pods,
     stream::{PeerStream, prepare_listener},
+    token::{Token, TokenError, Tokens},
     workload::{Facts, PodFacts, UnixFacts, Workload},
 };
 use crate::clock::Clock;
 
 mod cgroup;
+mod cluster;
 mod executable;
 mod kernel;
 mod names;
 mod peer;
+pub mod pods;
 mod proc;
 mod stream;
+pub mod token;
 mod workload;
 
 /// How long facts are used without being read again. What a request's own check sees (exit, exec, user and group, and
@@ -53,10 +61,11 @@ pub const MAX_GROUPS: usize = 1024;
 /// What stands for every id that has no number in a user namespace (`/proc/sys/kernel/overflowuid`, by default).
 const OVERFLOW_ID: u32 = 65534;
 
-/// Attests processes of this host.
+/// Attests processes of this host and, in a cluster, pods.
 #[derive(Debug)]
 pub struct Attestor {
     capabilities: Capabilities,
+    cluster: Option<Cluster>,
     executables: Executables,
     hash_executables: AtomicBool,
     users: Names,
@@ -72,6 +81,12 @@ struct Attested {
     workload: Arc<Workload>,
 }
 
+/// What one reading of a peer says it is.
+enum Seen {
+    Process(UnixFacts),
+    Pod(Arc<Workload>),
+}
+
 impl Attestor {
     /// An attestor that uses all that this kernel offers, and takes names from `/etc/passwd` and `/etc/group`.
     pub fn new() -> Self {
@@ -82,11 +97,23 @@ impl Attestor {
     pub fn with_capabilities(capabilities: Capabilities) -> Self {
         Self {
             capabilities,
+            cluster: None,
             executables: Executables::new(Clock::system()),
             hash_executables: AtomicBool::new(false),
             users: Names::in_file("/etc/passwd"),
             groups: Names::in_file("/etc/group"),
         }
+    }
+
+    /// From now on takes a process in a pod for that pod, or for nobody; without this it is a process of this host like
+    /// any other. `own_pod` is the UID of the pod that this agent runs in, if it runs in one.
+    ///
+    /// # Errors
+    /// The agent's own cgroup cannot be read.
+    pub fn in_cluster(self, pods: Pods, tokens: Tokens, own_pod: Option<String>) -> io::Result<Self> {
+        let own = ProcHandle::open(std::process::id())?.cgroup()?;
+        let view = View::new(own, self.capabilities.host_cgroups);
+        Ok(Self { cluster: Some(Cluster { pods, tokens, own_pod, view }), ..self })
     }
 
     /// What it uses of this kernel, for the log at start.
@@ -112,33 +139,81 @@ impl Attestor {
         if let Some(last) = &last
             && last.hashed == hashed
             && last.at.elapsed() < FACTS_FRESH_FOR
+            && self.cluster.as_ref().is_none_or(|cluster| cluster.holds(&last.workload))
             && peer.observe()? == last.observation
         {
             return Ok(Arc::clone(&last.workload));
         }
-        let (observation, facts) = self.read(peer, hashed).await?;
-        let facts = Facts::Process(facts);
-        let workload = match last {
-            Some(last) if *last.workload.facts() == facts => last.workload,
-            _ => Arc::new(Workload { facts }),
+        let (observation, seen) = self.read(peer, hashed).await?;
+        let workload = match (seen, last) {
+            (Seen::Pod(pod), _) => pod,
+            (Seen::Process(facts), Some(last)) if last.workload.unix() == Some(&facts) => last.workload,
+            (Seen::Process(facts), _) => Arc::new(Workload { facts: Facts::Process(facts) }),
         };
         peer.remember(Attested { observation, hashed, at: Instant::now(), workload: Arc::clone(&workload) });
         Ok(workload)
     }
 
+    /// Checks that a token which came with a call is of the pod that calls. Without a cluster nobody asks for one, and
+    /// none is looked at.
+    ///
+    /// # Errors
+    /// See [`TokenError`]: what is said of one of the two is not what is said of the other, or nothing is.
+    pub async fn confirm(
+        &self,
+        workload: &Workload,
+        token: &Result<Option<Token>, TokenError>,
+    ) -> Result<(), AttestError> {
+        match (&self.cluster, token) {
+            (None, _) | (_, Ok(None)) => Ok(()),
+            (Some(cluster), Ok(Some(token))) => Ok(cluster.confirm(workload, token).await?),
+            (Some(_), Err(malformed)) => Err(malformed.clone().into()),
+        }
+    }
+
+    /// Whom bounds are counted for, before the peer is attested: its pod, or else its user; `None` when that is unclear.
+    pub fn principal(&self, peer: &Peer) -> Option<u64> {
+        let user = Some(peer.uid().into());
+        let Some(cluster) = &self.cluster else { return user };
+        cluster.principal(&peer.handle().cgroup().ok()?).map(|pod| pod.or(user)).ok()?
+    }
+
+    /// Whether processes of other pods than the agent's own have a number here: the first process is then the host's.
+    pub fn sees_other_pods(&self) -> bool {
+        let Some(cluster) = &self.cluster else { return true };
+        let first = ProcHandle::open(1).and_then(|first| first.cgroup());
+        cluster.own_pod.is_none() || first.is_ok_and(|text| !cluster.is_own(&text))
+    }
+
+    /// Whether this is the pod that the agent runs in.
+    pub fn is_own_pod(&self, workload: &Workload) -> bool {
+        let own = self.cluster.as_ref().and_then(|cluster| cluster.own_pod.as_ref());
+        workload.pod().is_some_and(|pod| own == Some(&pod.uid))
+    }
+
     /// Reads all facts between two equal observations, so that all of them were true at one time.
-    async fn read(&self, peer: &Peer, hashed: bool) -> Result<(Observation, UnixFacts), AttestError> {
+    async fn read(&self, peer: &Peer, hashed: bool) -> Result<(Observation, Seen), AttestError> {
         for _ in 0..READ_ATTEMPTS {
             let before = peer.observe()?;
-            let facts = self.read_once(peer, &before, hashed).await?;
-            if peer.observe()? == before && (facts.uid, facts.gid) == (before.ids.uid, before.ids.gid) {
-                return Ok((before, facts));
+            let seen = self.read_once(peer, &before, hashed).await?;
+            let same_ids = match &seen {
+                Seen::Process(facts) => (facts.uid, facts.gid) == (before.ids.uid, before.ids.gid),
+                Seen::Pod(_) => true,
+            };
+            if peer.observe()? == before && same_ids {
+                return Ok((before, seen));
             }
         }
         Err(AttestError::KeepsChanging { pid: peer.pid() })
     }
 
-    async fn read_once(&self, peer: &Peer, seen: &Observation, hashed: bool) -> Result<UnixFacts, AttestError> {
+    async fn read_once(&self, peer: &Peer, seen: &Observation, hashed: bool) -> Result<Seen, AttestError> {
+        let text = peer.handle().cgroup().map_err(gone_or("/proc/PID/cgroup"))?;
+        if let Some(cluster) = &self.cluster
+            && let Some(pod) = cluster.pod_of(&text).await?
+        {
+            return Ok(Seen::Pod(pod));
+        }
         let handle = peer.handle();
         let status = handle.status().map_err(gone_or("/proc/PID/status"))?;
         if !peer.capabilities().all_users && (status.uid == OVERFLOW_ID || status.gid == OVERFLOW_ID) {
@@ -147,7 +222,6 @@ impl Attestor {
         if status.groups.len() > MAX_GROUPS {
             return Err(AttestError::TooManyGroups { count: status.groups.len() });
         }
-        let text = handle.cgroup().map_err(gone_or("/proc/PID/cgroup"))?;
         let cgroup = cgroup::path(&text)?;
         let cgroup = cgroup.filter(|_| peer.capabilities().host_cgroups);
         let (mut path, mut sha256) = (None, None);
@@ -158,7 +232,7 @@ impl Attestor {
                 sha256 = self.executables.sha256(handle, file, status.uid).await.map_err(gone_or("the executable"))?;
             }
         }
-        Ok(UnixFacts {
+        Ok(Seen::Process(UnixFacts {
             user: self.users.of(status.uid),
             group: self.groups.of(status.gid),
             uid: status.uid,
@@ -168,7 +242,7 @@ impl Attestor {
             executable_sha256: sha256,
             systemd_unit: cgroup.and_then(cgroup::unit).map(str::to_owned),
             cgroup: cgroup.map(str::to_owned),
-        })
+        }))
     }
 }
 
@@ -277,6 +351,32 @@ pub enum AttestError {
         /// Path in another.
         other: String,
     },
+    /// The process is in a cgroup that looks like a pod's and proves none.
+    #[error(
+        "the caller's cgroup {path:?} has the name of a pod's and not its place, or names no container; \
+         it is taken neither for that pod nor for a process of this host"
+    )]
+    PodCgroup {
+        /// Path of the cgroup.
+        path: String,
+    },
+    /// No live pod is known by that UID.
+    #[error("the caller is in a pod with UID {uid:?}, which is not known: {why}")]
+    PodUnknown {
+        /// The pod's UID.
+        uid: String,
+        /// Why not.
+        why: String,
+    },
+    /// The caller's container is another pod's than its cgroup says.
+    #[error("the caller's cgroup is of the pod with UID {uid:?}, and its container belongs to another pod")]
+    PodContradicted {
+        /// UID of the pod that its cgroup names.
+        uid: String,
+    },
+    /// The token that came with the call does not count.
+    #[error(transparent)]
+    Token(#[from] TokenError),
     /// More groups than [`MAX_GROUPS`].
     #[error("the caller is in {count} groups, at most {MAX_GROUPS} are examined")]
     TooManyGroups {
@@ -305,6 +405,10 @@ impl AttestError {
             Self::ForeignUserNamespace => "PEER_FOREIGN_USER_NAMESPACE",
             Self::SocketPassed { .. } => "PEER_SOCKET_PASSED",
             Self::CgroupsDisagree { .. } => "PEER_CGROUPS_DISAGREE",
+            Self::PodCgroup { .. } => "POD_CGROUP_UNCLEAR",
+            Self::PodUnknown { .. } => "POD_UNKNOWN",
+            Self::PodContradicted { .. } => "POD_CONTRADICTED",
+            Self::Token(error) => error.reason(),
             Self::TooManyGroups { .. } => "PEER_TOO_MANY_GROUPS",
             Self::Unreadable { .. } => "ATTEST_UNREADABLE",
         }
@@ -312,7 +416,11 @@ impl AttestError {
 
     /// Whether the same call on the same connection may succeed later.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::KeepsChanging { .. } | Self::Unreadable { .. })
+        match self {
+            Self::KeepsChanging { .. } | Self::PodUnknown { .. } | Self::Unreadable { .. } => true,
+            Self::Token(error) => error.is_transient(),
+            _ => false,
+        }
     }
 }
 

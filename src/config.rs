@@ -1,10 +1,10 @@
 //! The agent's configuration: a YAML file and flags in, a checked [`Config`] out.
 //!
 //! Unknown keys are errors, and every default is here. What the files that it names hold is checked by whoever reads
-//! them.
+//! them. An agent is either of a host, with a CA of its own and policies in files, or of a cluster, which has both.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     num::NonZeroU32,
     path::{Path, PathBuf},
@@ -14,6 +14,7 @@ use serde::Deserialize;
 
 use crate::{
     files::{self, FileError},
+    kubernetes::{NAMESPACE, SIGNER, TRUST_BUNDLE, TRUST_BUNDLE_KEY},
     policy::lifetime,
     signer::embedded::{DEFAULT_CA_LIFETIME, EmbeddedConfig, MAX_CA_LIFETIME, MIN_CA_LIFETIME},
     socket::SocketPath,
@@ -27,21 +28,97 @@ pub const DEFAULT_STATE_DIR: &str = "/var/lib/csrd";
 /// The policies when neither flag nor file names any.
 pub const DEFAULT_POLICIES: &str = "/etc/csrd/policies";
 
+/// The audience of ServiceAccount tokens when the file names none.
+pub const DEFAULT_AUDIENCE: &str = "csrd";
+
 /// What the agent is to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// The socket.
     pub socket: SocketPath,
-    /// Policy files, or folders of them.
-    pub policies: Vec<PathBuf>,
     /// Listener for metrics and readiness; none unless set.
     pub admin: Option<SocketAddr>,
-    /// The embedded signer's CA.
-    pub ca: EmbeddedConfig,
+    /// Where policies come from, and who signs.
+    pub mode: Mode,
     /// How logs are written.
     pub log: Log,
     /// Rates.
     pub limits: LimitsFile,
+}
+
+/// Where policies come from, and who signs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Files, and the agent itself.
+    Host {
+        /// Policy files, or folders of them.
+        policies: Vec<PathBuf>,
+        /// The embedded signer's CA.
+        ca: EmbeddedConfig,
+    },
+    /// The cluster, for both.
+    Kubernetes(Kubernetes),
+}
+
+/// The cluster that the agent's node is part of.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
+pub struct Kubernetes {
+    /// How to reach it; as the ServiceAccount of the agent's pod unless set.
+    pub kubeconfig: Option<PathBuf>,
+    /// The node's name, where the agent's token does not say it; must be what it says otherwise.
+    pub node: Option<String>,
+    /// Who approves requests.
+    pub approval: Approval,
+    /// The audience of tokens that pods may send along.
+    pub audience: String,
+    /// Signers that policies may name, the default one first.
+    pub signers: Vec<ClusterSigner>,
+}
+
+/// Who approves the agent's CertificateSigningRequests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Approval {
+    /// The controller.
+    #[default]
+    Controller,
+    /// The agent, of its own node's.
+    Agent,
+}
+
+/// A signerName of the cluster, and where its roots are published.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct ClusterSigner {
+    /// The signerName.
+    pub name: String,
+    /// Its roots.
+    pub bundle: BundleSource,
+}
+
+/// Where roots are published, as PEM.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum BundleSource {
+    /// A file on this host.
+    File(PathBuf),
+    /// A key of a ConfigMap.
+    ConfigMap(ConfigMapKey),
+    /// A ClusterTrustBundle.
+    ClusterTrustBundle(String),
+}
+
+/// One key of one ConfigMap.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConfigMapKey {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// The key.
+    pub key: String,
 }
 
 /// Settings that the command line puts before the file's.
@@ -55,6 +132,10 @@ pub struct Overrides {
     pub policies: Vec<PathBuf>,
     /// Listener for metrics and readiness.
     pub admin: Option<SocketAddr>,
+    /// That the agent is in a cluster, whether or not the file says so.
+    pub kubernetes: bool,
+    /// The node's name.
+    pub node: Option<String>,
 }
 
 /// The file as it is written.
@@ -65,7 +146,8 @@ struct File {
     state_dir: Option<PathBuf>,
     policies: Option<Vec<PathBuf>>,
     admin: Option<SocketAddr>,
-    signer: SignerFile,
+    signer: Option<SignerFile>,
+    kubernetes: Option<Kubernetes>,
     log: Log,
     limits: LimitsFile,
 }
@@ -130,6 +212,18 @@ pub enum ConfigError {
     /// A lifetime for a CA that has one.
     #[error("signer.embedded: caLifetime is for a CA that the agent makes; leave it out beside caCertificate")]
     LifetimeOfGivenCa,
+    /// Settings of a host's agent beside those of a cluster's.
+    #[error("{0} is for an agent without a cluster; leave it out, or leave out kubernetes")]
+    NotInCluster(&'static str),
+    /// No signer.
+    #[error("kubernetes.signers: name one at least, or leave it out for {SIGNER}")]
+    NoSigner,
+    /// Twice the same.
+    #[error("kubernetes.signers: {0:?} is there twice")]
+    SignerTwice(String),
+    /// Nothing could be told from nothing.
+    #[error("kubernetes.{0}: it must not be empty")]
+    Empty(&'static str),
     /// No duration, or one from outside [`MIN_CA_LIFETIME`] to [`MAX_CA_LIFETIME`].
     #[error("signer.embedded.caLifetime: {0}")]
     CaLifetime(String),
@@ -139,16 +233,63 @@ impl Config {
     /// The configuration of the file at `path`, if one is given, with `overrides` put before it.
     pub fn load(path: Option<&Path>, overrides: Overrides) -> Result<Self, ConfigError> {
         let file = path.map(read).transpose()?.unwrap_or_default();
-        let state_dir = overrides.state_dir.or(file.state_dir).unwrap_or_else(|| DEFAULT_STATE_DIR.into());
         let policies = if overrides.policies.is_empty() { file.policies } else { Some(overrides.policies) };
+        let cluster = file.kubernetes.or_else(|| overrides.kubernetes.then(Kubernetes::default));
+        let state_dir = overrides.state_dir.or(file.state_dir);
+        let mode = match cluster {
+            Some(_) if policies.is_some() => return Err(ConfigError::NotInCluster("policies")),
+            Some(_) if file.signer.is_some() => return Err(ConfigError::NotInCluster("signer.embedded")),
+            Some(_) if state_dir.is_some() => return Err(ConfigError::NotInCluster("stateDir")),
+            Some(cluster) => Mode::Kubernetes(cluster.checked(overrides.node)?),
+            None => Mode::Host {
+                policies: policies.unwrap_or_else(|| vec![DEFAULT_POLICIES.into()]),
+                ca: ca(
+                    file.signer.unwrap_or_default().embedded,
+                    state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into()),
+                )?,
+            },
+        };
         Ok(Self {
             socket: overrides.socket.or(file.socket).unwrap_or_default(),
-            policies: policies.unwrap_or_else(|| vec![DEFAULT_POLICIES.into()]),
             admin: overrides.admin.or(file.admin),
-            ca: ca(file.signer.embedded, state_dir)?,
+            mode,
             log: file.log,
             limits: file.limits,
         })
+    }
+}
+
+impl Kubernetes {
+    fn checked(self, node: Option<String>) -> Result<Self, ConfigError> {
+        let checked = Self { node: node.or(self.node), ..self };
+        if checked.node.as_deref() == Some("") {
+            return Err(ConfigError::Empty("node"));
+        }
+        if checked.audience.is_empty() {
+            return Err(ConfigError::Empty("audience"));
+        }
+        let mut names = BTreeSet::new();
+        if let Some(twice) = checked.signers.iter().find(|signer| !names.insert(&signer.name)) {
+            return Err(ConfigError::SignerTwice(twice.name.clone()));
+        }
+        if checked.signers.is_empty() { Err(ConfigError::NoSigner) } else { Ok(checked) }
+    }
+}
+
+impl Default for Kubernetes {
+    fn default() -> Self {
+        let bundle = BundleSource::ConfigMap(ConfigMapKey {
+            namespace: NAMESPACE.to_owned(),
+            name: TRUST_BUNDLE.to_owned(),
+            key: TRUST_BUNDLE_KEY.to_owned(),
+        });
+        Self {
+            kubeconfig: None,
+            node: None,
+            approval: Approval::default(),
+            audience: DEFAULT_AUDIENCE.to_owned(),
+            signers: vec![ClusterSigner { name: SIGNER.to_owned(), bundle }],
+        }
     }
 }
 
@@ -235,8 +376,9 @@ mod tests {
             ..Overrides::default()
         };
         let config = Config::load(Some(file.path()), overrides).unwrap();
-        assert_eq!((config.socket.to_string().as_str(), config.policies), ("/b.sock", vec!["/b".into()]));
-        assert_eq!(config.ca, EmbeddedConfig::Made { state_dir: "/b".into(), ca_lifetime: DEFAULT_CA_LIFETIME });
+        let ca = EmbeddedConfig::Made { state_dir: "/b".into(), ca_lifetime: DEFAULT_CA_LIFETIME };
+        assert_eq!(config.socket.to_string(), "/b.sock");
+        assert_eq!(config.mode, Mode::Host { policies: vec!["/b".into()], ca });
     }
 
     #[test]
@@ -254,8 +396,47 @@ mod tests {
             ("caCertificate: /c, caKey: /k, chain: /r", given(Some("/r"))),
         ] {
             let config = load(&format!("{{stateDir: /s, signer: {{embedded: {{{text}}}}}}}")).unwrap();
-            assert_eq!(config.ca, expected, "{text}");
+            let Mode::Host { ca, .. } = config.mode else { panic!("{text} is of a host") };
+            assert_eq!(ca, expected, "{text}");
         }
+    }
+
+    #[test]
+    fn an_agent_of_a_cluster_has_its_policies_and_its_signers_there() {
+        let mode = |text| load(text).unwrap_or_else(|error| panic!("{text}: {}", whole(error))).mode;
+        let defaults = mode("kubernetes: {}");
+        assert_eq!(defaults, Mode::Kubernetes(Kubernetes::default()));
+        let overrides = Overrides { kubernetes: true, ..Overrides::default() };
+        assert_eq!(Config::load(None, overrides).unwrap().mode, defaults);
+        let signer = |name: &str, bundle| ClusterSigner { name: name.to_owned(), bundle };
+        let key = ConfigMapKey { namespace: "a".to_owned(), name: "b".to_owned(), key: "c".to_owned() };
+        let whole = Kubernetes {
+            kubeconfig: Some("/k".into()),
+            node: Some("n".to_owned()),
+            approval: Approval::Agent,
+            audience: "x".to_owned(),
+            signers: vec![
+                signer("example.org/a", BundleSource::ConfigMap(key)),
+                signer("example.org/b", BundleSource::File("/f".into())),
+                signer("example.org/c", BundleSource::ClusterTrustBundle("t".to_owned())),
+            ],
+        };
+        let text = "kubernetes:
+  kubeconfig: /k
+  node: n
+  approval: agent
+  audience: x
+  signers:
+    - {name: example.org/a, bundle: {configMap: {namespace: a, name: b, key: c}}}
+    - {name: example.org/b, bundle: {file: /f}}
+    - {name: example.org/c, bundle: {clusterTrustBundle: t}}
+";
+        assert_eq!(mode(text), Mode::Kubernetes(whole.clone()));
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+        let overrides = Overrides { node: Some("m".to_owned()), ..Overrides::default() };
+        let flagged = Config::load(Some(file.path()), overrides).unwrap().mode;
+        assert_eq!(flagged, Mode::Kubernetes(Kubernetes { node: Some("m".to_owned()), ..whole }));
     }
 
     #[test]
@@ -275,6 +456,19 @@ mod tests {
         check("signer: {embedded: {caLifetime: 59s}}", bounds);
         check("signer: {embedded: {caLifetime: 175200h1s}}", bounds);
         check("signer: {embedded: {caLifetime: 60}}", "signer.embedded.caLifetime: \"60\" is no duration");
+        check("{kubernetes: {}, policies: [/p]}", "policies is for an agent without a cluster");
+        check("{kubernetes: {}, stateDir: /s}", "stateDir is for an agent without a cluster");
+        check("{kubernetes: {}, signer: {embedded: {}}}", "signer.embedded is for an agent without a cluster");
+        check("kubernetes: {nodes: a}", "unknown field `nodes`");
+        check("kubernetes: {approval: nobody}", "unknown variant `nobody`");
+        check("kubernetes: {node: ''}", "kubernetes.node: it must not be empty");
+        check("kubernetes: {audience: ''}", "kubernetes.audience: it must not be empty");
+        check("kubernetes: {signers: []}", "kubernetes.signers: name one at least");
+        let twice = "{name: a.b/c, bundle: {file: /f}}";
+        check(&format!("kubernetes: {{signers: [{twice}, {twice}]}}"), "kubernetes.signers: \"a.b/c\" is there twice");
+        check("kubernetes: {signers: [{name: a.b/c}]}", "missing field `bundle`");
+        check("kubernetes: {signers: [{name: a.b/c, bundle: {url: /}}]}", "unknown variant `url`");
+        check("kubernetes: {signers: [{name: a.b/c, bundle: {configMap: {name: a}}}]}", "missing field");
         check("socket: relative", "the socket must be given as unix:///absolute/path");
         check(&format!("# {}", "a".repeat(MAX_CONFIG_BYTES)), "it has more than 65536 bytes");
         load(&format!("# {}", "a".repeat(MAX_CONFIG_BYTES - 2))).unwrap();

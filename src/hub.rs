@@ -23,14 +23,14 @@ use std::{
     fmt,
     hash::{Hash, Hasher},
     sync::{Arc, Mutex, MutexGuard},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use rand::{SeedableRng as _, rngs::StdRng};
 use tokio::sync::{Notify, watch};
 
 use crate::{
-    attest::Workload,
+    attest::{Pods, Workload},
     clock::Clock,
     issue::IssueError,
     metrics::{Metrics, SignerMetrics},
@@ -79,6 +79,8 @@ pub struct Parts {
     pub clock: Clock,
     /// Policies in force.
     pub policies: watch::Receiver<Arc<PolicySet>>,
+    /// The pods of this node, in a cluster: what a credential's owner is now.
+    pub pods: Option<Pods>,
     /// Signers this agent has; a grant names one of them.
     pub signers: Vec<Arc<dyn Sign>>,
     /// Issuances to all signers together.
@@ -98,6 +100,7 @@ pub struct Hub(Arc<Shared>);
 struct Shared {
     clock: Clock,
     policies: watch::Receiver<Arc<PolicySet>>,
+    pods: Option<Pods>,
     signers: HashMap<String, Signer>,
     metrics: Metrics,
     principals: queue::KeyedLimiter,
@@ -159,6 +162,7 @@ impl Hub {
             state: Mutex::new(State::new(Queue::new(parts.signer_rate), StdRng::seed_from_u64(parts.seed))),
             clock: parts.clock,
             policies: parts.policies,
+            pods: parts.pods,
             signers,
             metrics: parts.metrics,
             principals: queue::keyed_limiter(parts.principal_rate),
@@ -223,7 +227,7 @@ impl Hub {
         let subscription = {
             let mut state = self.lock();
             match state.entries.get(&id) {
-                Some(entry) if *entry.workload == *workload => {
+                Some(entry) if entry.is_of(workload) => {
                     self.confirm(&mut state, id)?;
                     self.join(&mut state, id)
                 }
@@ -247,6 +251,16 @@ impl Hub {
     /// The policies in force.
     pub fn policies(&self) -> Arc<PolicySet> {
         self.0.policies.borrow().clone()
+    }
+
+    /// The wall clock by which certificates are judged here.
+    pub fn now(&self) -> SystemTime {
+        self.0.clock.now()
+    }
+
+    /// The policies in force, as they change.
+    pub fn watch_policies(&self) -> watch::Receiver<Arc<PolicySet>> {
+        self.0.policies.clone()
     }
 
     /// What the policies in force say, with those policies.
@@ -274,13 +288,33 @@ impl Hub {
         Ok(Some(self.join(&mut state, id)))
     }
 
-    /// Makes sure that the entry's grant stands under the policies in force, which may be newer than the last sweep.
+    /// Makes sure that the entry's grant stands under the policies in force and for what its workload is now, which may be
+    /// newer than the last sweep.
     fn confirm(&self, state: &mut State, id: u128) -> Result<(), HubError> {
-        let policies = self.policies();
-        match state.redecide(id, &policies, self.0.clock.now()) {
-            Some(denial) => Err(HubError::Denied(denial)),
+        match self.revise(state, id) {
+            Some(lost) => Err(lost),
             None => Ok(()),
         }
+    }
+
+    /// Decides on an entry again if its pod or the policies have changed. A lost right ends it, and is returned.
+    fn revise(&self, state: &mut State, id: u128) -> Option<HubError> {
+        let now = self.0.clock.now();
+        if let (Some(pods), Some(entry)) = (&self.0.pods, state.entries.get(&id))
+            && let Some(pod) = entry.workload.pod()
+        {
+            match pods.by_uid(&pod.uid) {
+                Some(workload) => state.becomes(id, workload),
+                None if pods.synced() => {
+                    let lost = HubError::PodGone(entry.workload.to_string());
+                    state.lost(id, lost.clone(), now);
+                    return Some(lost);
+                }
+                // Nobody has said that it is gone.
+                None => {}
+            }
+        }
+        state.redecide(id, &self.policies(), now)
     }
 
     /// A follower of `id`, which must be there. An expired certificate is renewed at once.
@@ -298,6 +332,8 @@ impl Hub {
         self.signer(&entry.grant)?;
         let rx = entry.snapshot.subscribe();
         let id = state.insert(entry)?;
+        // The workload may have changed since it was attested, and the sweep that this called for may be over.
+        self.confirm(state, id)?;
         state.enqueue(id, Turn::AskedNow);
         self.publish_gauges(state);
         Ok(Subscription::new(self.clone(), id, rx))
@@ -357,6 +393,9 @@ pub enum HubError {
     /// Policy refuses.
     #[error("{0}")]
     Denied(Arc<Denial>),
+    /// The pod has ended or was deleted.
+    #[error("{0} is gone: it has ended, or was deleted or replaced")]
+    PodGone(String),
     /// A policy names a signer that this agent does not have.
     #[error("policy {policy} names signer {signer:?}; this agent has: {known}")]
     UnknownSigner {
@@ -416,6 +455,7 @@ impl HubError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Denied(denial) => denial.reason(),
+            Self::PodGone(_) => "POD_GONE",
             Self::UnknownSigner { .. } => "SIGNER_UNKNOWN",
             Self::RateLimited { .. } => "RATE_LIMITED",
             Self::TooMany { .. } => "TOO_MANY_CREDENTIALS",

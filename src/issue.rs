@@ -104,6 +104,11 @@ impl Credential {
         self.chain_pem.get_or_init(|| self.chain.to_pem().into()).clone()
     }
 
+    /// The private key as PKCS#8 in DER, wiped when the last clone is dropped.
+    pub fn key_der(&self) -> Option<Bytes> {
+        self.private_key.as_ref().map(|key| Bytes::from_owner(key.to_der()))
+    }
+
     /// The private key as PEM, written once, wiped when the credential and the last clone are dropped.
     pub fn key_pem(&self) -> Option<Bytes> {
         let key = self.private_key.as_ref()?;

@@ -13,8 +13,10 @@ use hyper_util::{
     client::legacy::{self, connect::HttpConnector},
     rt::{TokioExecutor, TokioTimer},
 };
+use k8s_openapi::api::authentication::v1::SelfSubjectReview;
 use kube::{
-    Client, Config,
+    Api, Client, Config,
+    api::PostParams,
     client::{Body, ConfigExt as _},
     config::{KubeConfigOptions, Kubeconfig},
 };
@@ -24,6 +26,12 @@ use tower::{BoxError, ServiceBuilder};
 pub const SIGNER: &str = "csrd.dev/workload";
 /// Group of our own resources.
 pub const GROUP: &str = "csrd.dev";
+/// The namespace that agents and controller run in.
+pub const NAMESPACE: &str = "csrd-system";
+/// The ConfigMap that the controller publishes the roots of [`SIGNER`] in.
+pub const TRUST_BUNDLE: &str = "csrd-trust-bundle";
+/// The key of [`TRUST_BUNDLE`] that holds them, as PEM.
+pub const TRUST_BUNDLE_KEY: &str = "ca.crt";
 
 /// Annotations of a CertificateSigningRequest that an agent made: for which pod, and within which trace.
 pub mod annotation {
@@ -148,6 +156,92 @@ fn client(config: Config) -> Result<Client, ConnectError> {
         .map_err(BoxError::from)
         .service(http);
     Ok(Client::new(service, config.default_namespace))
+}
+
+/// This process, as the API server knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Its user name.
+    pub username: String,
+    /// The node that its token is bound to.
+    pub(crate) node: Option<String>,
+    /// UID of the pod that its token is bound to.
+    pub pod_uid: Option<String>,
+}
+
+/// Why the agent's node is not known.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NodeError {
+    /// Neither source names one.
+    #[error("the agent's token names no node; name it with --node, or run the agent in a pod with a projected token")]
+    Unnamed,
+    /// The sources disagree.
+    #[error("the agent's token is of node {claimed:?}, and {configured:?} is configured; leave the latter out")]
+    Conflict {
+        /// The token's.
+        claimed: String,
+        /// The operator's.
+        configured: String,
+    },
+}
+
+impl Identity {
+    /// Asks the API server.
+    ///
+    /// # Errors
+    /// It does not answer, or does not know this process.
+    pub async fn ask(client: &Client) -> kube::Result<Self> {
+        let reviews = Api::<SelfSubjectReview>::all(client.clone());
+        let review = reviews.create(&PostParams::default(), &SelfSubjectReview::default()).await?;
+        let user = review.status.and_then(|status| status.user_info).unwrap_or_default();
+        let mut extra = user.extra.unwrap_or_default();
+        let mut one = |key| extra.remove(key).filter(|values| values.len() == 1).and_then(|mut values| values.pop());
+        let (node, pod_uid) = (one(extra::NODE_NAME), one(extra::POD_UID));
+        Ok(Self { username: user.username.unwrap_or_default(), node, pod_uid })
+    }
+
+    /// The node that this process is on. What the API server says is proven; what is configured serves where it says
+    /// nothing, and must be the same otherwise.
+    ///
+    /// # Errors
+    /// No node, or two.
+    pub fn node(&self, configured: Option<&str>) -> Result<String, NodeError> {
+        match (&self.node, configured) {
+            (Some(claimed), Some(configured)) if claimed != configured => {
+                Err(NodeError::Conflict { claimed: claimed.clone(), configured: configured.to_owned() })
+            }
+            (Some(node), _) => Ok(node.clone()),
+            (None, Some(node)) => Ok(node.to_owned()),
+            (None, None) => Err(NodeError::Unnamed),
+        }
+    }
+}
+
+/// Whether the same request may succeed later, without anybody changing anything about it.
+pub fn is_transient(error: &kube::Error) -> bool {
+    match error {
+        kube::Error::Api(status) => status.code == 429 || status.code >= 500,
+        _ => true,
+    }
+}
+
+/// What went wrong, in the API server's own words where it answered.
+pub fn said(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => status.message.clone(),
+        error => {
+            let mut text = error.to_string();
+            let mut cause = std::error::Error::source(error);
+            while let Some(error) = cause {
+                // Some print their cause themselves.
+                if !text.ends_with(&error.to_string()) {
+                    text = format!("{text}: {error}");
+                }
+                cause = error.source();
+            }
+            text
+        }
+    }
 }
 
 #[cfg(test)]

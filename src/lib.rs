@@ -56,12 +56,13 @@
 //! | `attest::workload` | nothing of ours |
 //! | `policy` | `x509`, `attest::workload` |
 //! | `attest` | `clock` |
-//! | `policy::watch` | `policy`, `files`, `metrics` |
+//! | `attest::pods` | `attest`, `attest::workload`, `kubernetes`, `clock`, `backoff` |
+//! | `policy::watch` | `policy`, `files`, `metrics`, `kubernetes` |
 //! | `trust` | `x509`, `files` |
 //! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `metrics`, `backoff`, `telemetry`, `kubernetes` |
 //! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock` |
 //! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `metrics`, `telemetry` |
-//! | `server` | `proto`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `issue`, `hub`, `metrics`, `telemetry` |
+//! | `server` | `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `issue`, `hub`, `metrics`, `telemetry` |
 //! | `client` | `proto`, `socket`, `backoff`, `telemetry` |
 //! | `config` | `policy`, `signer`, `files`, `socket`, `telemetry` |
 //! | `agent` | everything |
@@ -75,7 +76,8 @@
 //! 3. [`policy`], then `policy/document.rs` and `policy/judge.rs`: who may have what.
 //! 4. [`signer`] and [`issue`]: one attempt, from a key to a checked certificate.
 //! 5. [`hub`]: many credentials over time; the only part with state and a schedule.
-//! 6. [`server`], `server/issuance.rs` and `server/refusal.rs`: the socket, its bounds, and what a caller is told.
+//! 6. [`server`], `server/issuance.rs` and `server/refusal.rs`: the socket, its bounds, and what a caller is told. Then
+//!    `server/identities.rs`, with `server/workload_api.rs` and `server/sds.rs` on top: what is handed out unasked.
 //! 7. [`agent`]: how the parts are put together, and how they stop.
 //! 8. [`client`] and [`cli`]: the other end of the socket.
 

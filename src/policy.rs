@@ -5,35 +5,43 @@
 //! is made only for an attested workload, so whoever holds one holds a decision. [`explain`] reaches the same verdicts
 //! for facts that nobody attested, and hands out words only.
 //!
-//! `document` reads YAML, `compile` checks it, `template` and `cel` match, `judge` compares, `view` explains, `watch` keeps
-//! files fresh.
+//! `document` reads YAML, `compile` checks it, `whom` matches callers, `template`, `address` and `cel` match asks, `judge`
+//! compares, `view` explains, `watch` keeps policies fresh.
 
+mod address;
 mod cel;
 mod compile;
 mod document;
+mod fact;
 mod judge;
 pub mod lifetime;
+mod selector;
+mod signers;
 mod template;
 mod view;
 pub mod watch;
+mod whom;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::Arc,
     time::Duration,
 };
 
-pub use cel::{MAX_COST, MAX_DEPTH, MAX_EXPRESSION_BYTES, MAX_RULE_GROUPS};
-pub use compile::{
-    DEFAULT_SIGNER, MAX_ENTRIES, MAX_HINT_BYTES, MAX_MESSAGE_CHARS, MAX_OFFERS, MAX_RULES, MAX_SIGNER_BYTES,
-};
-pub use document::{API_VERSION, KIND, MAX_DOCUMENTS, MAX_SOURCE_BYTES, Problem, Source};
+pub use cel::{MAX_COST, MAX_DEPTH, MAX_EXPRESSION_BYTES, MAX_RULE_GROUPS, MAX_RULE_LABELS};
+pub use compile::{MAX_ENTRIES, MAX_HINT_BYTES, MAX_MESSAGE_CHARS, MAX_OFFERS, MAX_RULES};
+pub use document::{API_VERSION, KIND, MAX_DOCUMENTS, MAX_SOURCE_BYTES, PLURAL, Problem, Source};
+pub use fact::MAX_SERVICES;
+pub use signers::{EMBEDDED, MAX_SIGNER_BYTES, MIN_REQUESTED_LIFETIME};
 pub use template::MAX_PATTERN_BYTES;
 pub use view::{Explanation, Verdict, View, explain, views};
 
 use self::{
     compile::Policy,
-    judge::{Refusal, judge, mismatch},
-    template::{Fact, Pattern},
+    fact::Fact,
+    judge::{Refusal, judge},
+    template::Pattern,
+    whom::Whom,
 };
 use crate::{
     attest::{Facts, Workload},
@@ -117,7 +125,7 @@ impl Grant {
 impl Grant {
     /// What policy `test` with the embedded signer would have granted, decided by nobody.
     pub fn for_test(names: Names, usages: Usages, key: KeyAlgorithm, lifetime: Duration) -> Self {
-        let (signer, policy) = (DEFAULT_SIGNER.to_owned(), "test".to_owned());
+        let (signer, policy) = (EMBEDDED.to_owned(), "test".to_owned());
         Self(Terms { names, usages, key, lifetime, signer, policy })
     }
 }
@@ -125,18 +133,32 @@ impl Grant {
 /// The policies in force, in order of name.
 #[derive(Debug, Default)]
 pub struct PolicySet {
-    policies: Vec<Policy>,
+    policies: Vec<Arc<Policy>>,
 }
 
 impl PolicySet {
-    /// Reads and checks all sources. One problem anywhere and there is no set, so that a mistake never opens or closes
-    /// half of what its author meant.
+    /// Reads and checks all sources; `default_signer` is meant where a policy names none. One problem anywhere and there is
+    /// no set, so that a mistake never opens or closes half of what its author meant.
     ///
     /// # Errors
     ///
     /// Every problem found, at most [`MAX_PROBLEMS`], each with file, line and field.
-    pub fn parse(sources: &[Source]) -> Result<Self, Vec<Problem>> {
-        compile::compile(sources).map(|policies| Self { policies })
+    pub fn parse(sources: &[Source], default_signer: &str) -> Result<Self, Vec<Problem>> {
+        let policies = compile::compile(sources, default_signer)?;
+        Ok(Self { policies: policies.into_iter().map(Arc::new).collect() })
+    }
+
+    /// One set of all these, which have different names. It takes as many as [`MAX_POLICIES`] and leaves out the rest.
+    fn join<'a>(sets: impl IntoIterator<Item = &'a Self>) -> Self {
+        let mut policies: Vec<_> = sets.into_iter().flat_map(|set| &set.policies).take(MAX_POLICIES).cloned().collect();
+        policies.sort_by(|a, b| a.name.cmp(&b.name));
+        Self { policies }
+    }
+
+    /// Whether it holds the very same policies: equal texts read twice are two.
+    fn is_same_as(&self, other: &Self) -> bool {
+        self.policies.len() == other.policies.len()
+            && self.policies.iter().zip(&other.policies).all(|(a, b)| Arc::ptr_eq(a, b))
     }
 
     /// How many policies there are.
@@ -151,23 +173,32 @@ impl PolicySet {
 
     /// The signers that the policies name.
     pub fn signers(&self) -> BTreeSet<&str> {
-        self.policies.iter().map(|policy| policy.signer.as_str()).collect()
+        self.policies.iter().map(|policy| policy.signer.name()).collect()
     }
 
     /// Whether any policy looks at the SHA-256 of the caller's executable; otherwise nobody needs to compute it.
     pub fn needs_executable_sha256(&self) -> bool {
-        let wanted = Fact::ExecutableSha256;
-        let name = wanted.name().rsplit('.').next().unwrap_or_default();
+        let matched = |whom: &Whom| matches!(whom, Whom::Processes(unix) if unix.executable_sha256.is_some());
         self.policies.iter().any(|policy| {
-            let mut patterns = policy.patterns();
-            policy.unix.executable_sha256.is_some()
-                || patterns.any(|pattern| pattern.uses(wanted))
-                || policy.rules.iter().any(|rule| rule.mentions(name))
+            matched(&policy.whom) || policy.names(Fact::ExecutableSha256) || policy.mentions("executableSha256")
         })
+    }
+
+    /// Whether any policy looks at the Services that select a pod; otherwise nobody needs to watch them.
+    pub fn needs_services(&self) -> bool {
+        self.policies.iter().any(|policy| policy.names(Fact::Service) || policy.mentions("services"))
     }
 }
 
 impl Policy {
+    fn names(&self, fact: Fact) -> bool {
+        self.patterns().any(|pattern| pattern.uses(fact))
+    }
+
+    fn mentions(&self, field: &str) -> bool {
+        self.rules.iter().any(|rule| rule.mentions(field))
+    }
+
     fn patterns(&self) -> impl Iterator<Item = &Pattern> {
         let allow = &self.allow;
         let lists =
@@ -217,8 +248,8 @@ impl Denial {
         }
     }
 
-    fn new(facts: &Facts, ask: &Ask, refused: &BTreeMap<&str, Vec<Refusal>>) -> Self {
-        let text = match (&ask.policy, refused.is_empty()) {
+    fn new(facts: &Facts, policy: Option<&str>, refused: &BTreeMap<&str, Vec<Refusal>>) -> Self {
+        let text = match (policy, refused.is_empty()) {
             // An unknown policy and one for somebody else read the same.
             (Some(name), true) => format!("no policy named {} matches {facts}", shown(name)),
             (None, true) => format!("no policy matches {facts}; csrd whoami says why for each of them"),
@@ -251,7 +282,7 @@ pub fn decide(policies: &PolicySet, workload: &Workload, ask: &Ask) -> Result<Gr
     let facts = workload.facts();
     let mut refused = BTreeMap::new();
     for policy in candidates(policies, ask) {
-        if mismatch(&policy.unix, facts).is_some() {
+        if policy.whom.mismatch(facts).is_some() {
             continue;
         }
         match judge(policy, facts, ask) {
@@ -261,11 +292,15 @@ pub fn decide(policies: &PolicySet, workload: &Workload, ask: &Ask) -> Result<Gr
             }
         }
     }
-    Err(Denial::new(facts, ask, &refused))
+    Err(Denial::new(facts, ask.policy.as_deref(), &refused))
 }
 
 fn candidates<'a>(policies: &'a PolicySet, ask: &Ask) -> impl Iterator<Item = &'a Policy> {
-    policies.policies.iter().filter(move |policy| ask.policy.as_ref().is_none_or(|name| *name == policy.name))
+    policies
+        .policies
+        .iter()
+        .map(Arc::as_ref)
+        .filter(move |policy| ask.policy.as_ref().is_none_or(|name| *name == policy.name))
 }
 
 /// A certificate that a policy hands out unasked.
@@ -278,13 +313,22 @@ pub struct Offer {
     pub hint: String,
 }
 
+impl Offer {
+    /// The ask to which the policy that offers it, and no other, says the same as to the offer.
+    pub fn ask(&self) -> Ask {
+        let Terms { names, usages, key, policy, .. } = &self.grant.0;
+        let names = names.clone();
+        Ask { names, usages: *usages, key: *key, lifetime: None, signer: None, policy: Some(policy.clone()) }
+    }
+}
+
 /// Everything the policies hand out to `workload` unasked, in order of policy name and then as written. An offer whose
 /// facts are absent or which the policy itself refuses is left out; [`views`] says so.
 pub fn offers(policies: &PolicySet, workload: &Workload) -> Vec<Offer> {
     let facts = workload.facts();
     let mut hints = BTreeSet::new();
     let mut offers = Vec::new();
-    for policy in policies.policies.iter().filter(|policy| mismatch(&policy.unix, facts).is_none()) {
+    for policy in policies.policies.iter().filter(|policy| policy.whom.mismatch(facts).is_none()) {
         for offer in &policy.offers {
             let granted =
                 judge::ask_of_offer(policy, offer, facts).ok().and_then(|ask| judge(policy, facts, &ask).ok());
@@ -297,6 +341,40 @@ pub fn offers(policies: &PolicySet, workload: &Workload) -> Vec<Offer> {
         }
     }
     offers
+}
+
+/// Whether `name` is an RFC 1123 subdomain, as Kubernetes demands of most objects' names.
+fn is_object_name(name: &str) -> bool {
+    let is_label = |label: &str| {
+        !label.is_empty()
+            && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    name.len() <= MAX_NAME_BYTES && name.split('.').all(is_label)
+}
+
+/// Why [`offers`] has nothing for `workload`, or nothing with a SPIFFE ID: what becomes of each offer of each policy that
+/// matches.
+pub fn nothing_offered(policies: &PolicySet, workload: &Workload) -> Denial {
+    let facts = workload.facts();
+    let nothing = |text: String| vec![Refusal { reason: Reason::NothingOffered, text }];
+    let mut refused = BTreeMap::new();
+    for policy in policies.policies.iter().filter(|policy| policy.whom.mismatch(facts).is_none()) {
+        let against = |offer| match judge::ask_of_offer(policy, offer, facts) {
+            Err(why) => nothing(format!("an offer is void: {why}")),
+            Ok(ask) => match judge(policy, facts, &ask) {
+                Err(refusals) => refusals,
+                Ok(_) => nothing("an offer has no spiffeId".to_owned()),
+            },
+        };
+        let mut refusals: Vec<_> = policy.offers.iter().flat_map(against).collect();
+        if refusals.is_empty() {
+            refusals = nothing("it offers nothing unasked".to_owned());
+        }
+        refused.insert(policy.name.as_str(), refusals);
+    }
+    Denial::new(facts, None, &refused)
 }
 
 /// Foreign text made safe to show: quoted, control characters escaped, cut short.
@@ -324,7 +402,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::attest::UnixFacts;
+    use crate::attest::{PodFacts, UnixFacts};
     use crate::x509::{DnsName, Usage, name::parse_ip};
 
     /// A policy named `name` for uid 1000; `spec` lines are indented by two spaces.
@@ -338,7 +416,7 @@ mod tests {
     fn parse(text: &str) -> Result<PolicySet, String> {
         let source = Source { origin: "p.yaml".to_owned(), text: text.to_owned() };
         let lines = |problems: Vec<Problem>| problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
-        PolicySet::parse(&[source]).map_err(lines)
+        PolicySet::parse(&[source], EMBEDDED).map_err(lines)
     }
 
     fn set(text: &str) -> PolicySet {
@@ -629,6 +707,33 @@ mod tests {
     }
 
     #[test]
+    fn what_is_said_is_cut_one_past_its_bound() {
+        let text = |chars| "\u{e9}".repeat(chars);
+        assert_eq!(shown(&text(MAX_SHOWN_CHARS)), format!("{:?}", text(MAX_SHOWN_CHARS)));
+        assert_eq!(shown(&text(MAX_SHOWN_CHARS + 1)), format!("\"{}…\"", text(MAX_SHOWN_CHARS)));
+        let denial = |bytes| clipped_bytes("a".repeat(bytes), MAX_DENIAL_BYTES);
+        assert_eq!(denial(MAX_DENIAL_BYTES), "a".repeat(MAX_DENIAL_BYTES));
+        assert_eq!(denial(MAX_DENIAL_BYTES + 1), "a".repeat(MAX_DENIAL_BYTES - "…".len()) + "…");
+        let policies = set(&policy("p", ""));
+        for names in [MAX_REFUSALS, MAX_REFUSALS + 1] {
+            let names: String = (0..names).map(|n| format!("dns=n{n} ")).collect();
+            let text = denied(&policies, &ask(&names), "NAME_NOT_ALLOWED");
+            assert_eq!(text.matches("dnsNames: ").count(), MAX_REFUSALS, "{text}");
+        }
+    }
+
+    #[test]
+    fn to_the_ask_of_an_offer_its_own_policy_says_what_it_offers() {
+        // The first policy would allow the same names, with another lifetime.
+        let first = policy("a", "  allow: {uris: ['spiffe://example.org/*'], lifetime: {default: 2h, max: 24h}}");
+        let policies = set(&(first + &policy("b", "  offer: [{spiffeId: 'spiffe://example.org/web'}]")));
+        for offer in offers(&policies, &web()) {
+            assert_eq!(granted(&policies, &offer.ask()), offer.grant);
+        }
+        assert_eq!(granted(&policies, &ask("uri=spiffe://example.org/web")).policy(), "a");
+    }
+
+    #[test]
     fn a_view_tells_the_caller_its_own_part() {
         let web = policy("web", &(ALLOW.to_owned() + "\n" + &OFFERS[OFFERS.find("  offer").unwrap()..]));
         let ruled = policy("ruled", "  rules: [{expression: 'false', message: never}]\n  offer: [{dnsNames: [a]}]");
@@ -682,6 +787,145 @@ mod tests {
         ] {
             assert_eq!(mismatch(clauses), expected);
         }
+    }
+
+    /// A policy named `name` for pods of namespace `production`; `spec` lines are indented by two spaces.
+    fn of_pods(name: &str, spec: &str) -> String {
+        policy(name, spec).replace("unix: {uids: [1000]}", "kubernetes: {namespaces: [production]}")
+    }
+
+    fn pod() -> PodFacts {
+        PodFacts {
+            namespace: "production".to_owned(),
+            name: "web-0".to_owned(),
+            uid: "7f5a4c3e".to_owned(),
+            service_account: "web".to_owned(),
+            node: "node1".to_owned(),
+            labels: [("app".to_owned(), "web".to_owned())].into(),
+            namespace_labels: BTreeMap::new(),
+            ips: vec!["10.0.0.7".parse().unwrap()],
+            services: ["web".to_owned(), "web-api".to_owned()].into(),
+        }
+    }
+
+    const OF_PODS: &str = "
+  allow:
+    dnsNames: ['{kubernetes.service}.{kubernetes.namespace}.svc', '{kubernetes.service}.{kubernetes.namespace}.svc.cluster.local']
+    ipAddresses: ['{kubernetes.podIP}', 192.0.2.0/24]
+  rules: [{expression: 'workload.kubernetes.labels.app == \"web\"', message: only app web}]
+  offer:
+  - spiffeId: spiffe://example.org/ns/{kubernetes.namespace}/sa/{kubernetes.serviceAccount}
+    dnsNames: ['{kubernetes.service}.{kubernetes.namespace}.svc']";
+
+    #[test]
+    fn a_pod_gets_the_names_that_are_proven_to_be_its_own() {
+        let policies = set(&of_pods("web", OF_PODS));
+        let decide = |pod: PodFacts, words: &str| decide(&policies, &Workload::of_pod(pod), &ask(words));
+        for words in [
+            "dns=web-api.production.svc dns=web-api.production.svc.cluster.local",
+            "dns=web.production.svc ip=10.0.0.7 ip=192.0.2.1",
+            "uri=spiffe://example.org/ns/production/sa/web",
+        ] {
+            assert_eq!(decide(pod(), words).unwrap().names(), &ask(words).names);
+        }
+        let why = |pod: PodFacts, words: &str| decide(pod, words).unwrap_err().to_string();
+        let expected = r#"policy web: dnsNames: "db.production.svc" is refused, it matches none of its entries"#;
+        assert_eq!(why(pod(), "dns=db.production.svc"), expected);
+        let expected = "policy web: ipAddresses: 10.0.0.8 is in none of its networks and is not the pod's own";
+        assert_eq!(why(pod(), "ip=10.0.0.8"), expected);
+        let alone = PodFacts { services: BTreeSet::new(), ..pod() };
+        assert!(why(alone, "dns=web.production.svc").ends_with("grants nothing: no Service selects the caller)"));
+        let other = PodFacts { labels: BTreeMap::new(), ..pod() };
+        assert!(why(other, "dns=web.production.svc").contains("cannot be evaluated: No such key: app"));
+        let elsewhere = PodFacts { namespace: "test".to_owned(), ..pod() };
+        let expected = "no policy matches pod test/web-0 (ServiceAccount web); csrd whoami says why for each of them";
+        assert_eq!(why(elsewhere, "dns=web.test.svc"), expected);
+        denied(&policies, &ask("dns=web.production.svc"), "NO_POLICY_MATCHES");
+    }
+
+    #[test]
+    fn an_offer_to_a_pod_has_a_name_for_each_service() {
+        let policies = set(&of_pods("web", OF_PODS));
+        let names = |pod: PodFacts| {
+            let offers = offers(&policies, &Workload::of_pod(pod));
+            offers.into_iter().map(|offer| offer.grant.names().to_strings().join(" ")).collect::<Vec<_>>()
+        };
+        let id = "spiffe://example.org/ns/production/sa/web";
+        assert_eq!(names(pod()), [format!("web.production.svc web-api.production.svc {id}")]);
+        assert_eq!(names(PodFacts { services: BTreeSet::new(), ..pod() }), [id]);
+        let service_only = "  offer: [{dnsNames: ['{kubernetes.service}.{kubernetes.namespace}.svc']}]";
+        let policies = set(&of_pods("web", service_only));
+        let offered = |services: usize| {
+            let services = (0..services).map(|i| format!("s{i}")).collect();
+            let unasked = decide(&policies, &Workload::of_pod(PodFacts { services, ..pod() }), &ask(""));
+            unasked.map(|grant| grant.names().dns.len()).map_err(|denial| denial.to_string())
+        };
+        assert_eq!(offered(MAX_SERVICES), Ok(MAX_SERVICES));
+        let why = "policy web: its first offer is void: 65 Services select the caller, and at most 64 are taken";
+        assert_eq!(offered(MAX_SERVICES + 1).unwrap_err(), why);
+        assert_eq!(offered(0).unwrap_err(), "policy web: its first offer is void: no Service selects the caller");
+        let twice = service_only.replace("svc'", "svc', '{kubernetes.service}.local'");
+        let many = PodFacts { services: (0..MAX_SERVICES).map(|i| format!("s{i}")).collect(), ..pod() };
+        let why = decide(&set(&of_pods("web", &twice)), &Workload::of_pod(many), &ask("")).unwrap_err().to_string();
+        assert!(why.contains("its first offer is void: ") && why.contains("subject alternative names"), "{why}");
+    }
+
+    #[test]
+    fn a_policy_says_nothing_of_other_callers_facts() {
+        let problem = |spec: &str| parse(&of_pods("web", spec)).unwrap_err();
+        for (spec, words) in [
+            ("  allow: {dnsNames: ['{unix.user}.org']}", "have no fact named \"unix.user\""),
+            ("  offer: [{spiffeId: 'spiffe://a/{kubernetes.service}'}]", "a certificate has one SPIFFE ID"),
+            ("  rules: [{expression: workload.unix.uid == 0, message: m}]", "workload has no field \"unix\""),
+            ("  allow: {ipAddresses: ['{kubernetes.service}']}", "the one slot here is {kubernetes.podIP}"),
+        ] {
+            let problem = problem(spec);
+            assert!(problem.contains(words), "{problem}");
+        }
+    }
+
+    #[test]
+    fn services_are_needed_only_when_a_policy_looks_at_them() {
+        let needs = |spec: &str| set(&of_pods("web", spec)).needs_services();
+        assert!(!needs("  allow: {dnsNames: ['{kubernetes.pod}.org'], ipAddresses: ['{kubernetes.podIP}']}"));
+        assert!(needs("  allow: {dnsNames: ['{kubernetes.service}.org']}"));
+        assert!(needs("  offer: [{dnsNames: ['{kubernetes.service}.org']}]"));
+        assert!(needs("  rules: [{expression: 'size(workload.kubernetes.services) > 0', message: m}]"));
+    }
+
+    #[test]
+    fn the_signer_of_a_policy_that_names_none_is_its_readers() {
+        let source = |text| Source { origin: "p.yaml".to_owned(), text };
+        let signers = |signer: &str| {
+            let set = PolicySet::parse(&[source(policy("web", ""))], signer).unwrap();
+            set.signers().into_iter().map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(signers(EMBEDDED), [EMBEDDED]);
+        assert_eq!(signers("csrd.dev/workload"), ["csrd.dev/workload"]);
+    }
+
+    #[test]
+    fn a_user_of_the_api_server_is_never_a_part_of_kubernetes() {
+        let spec =
+            "  signer: kubernetes.io/kube-apiserver-client\n  allow: {commonNames: [dev], organizations: [dev-team]}";
+        let policies = set(&policy("dev", spec));
+        let usages = Usages::empty().with(Usage::ClientAuth);
+        let with = |words: &str| Ask { usages, ..ask(words) };
+        assert_eq!(granted(&policies, &with("cn=dev o=dev-team")).signer(), "kubernetes.io/kube-apiserver-client");
+        for words in ["cn=dev o=system:masters", "cn=system:admin", "cn=dev o=dev-team o=system:nodes"] {
+            let why = denied(&policies, &with(words), "NAME_NOT_ALLOWED");
+            assert!(why.contains("names that begin with system: belong to Kubernetes itself"), "{why}");
+        }
+        let usages = Usages::empty().with(Usage::DigitalSignature);
+        let why = denied(&policies, &Ask { usages, ..ask("cn=dev") }, "USAGE_NOT_ALLOWED");
+        assert_eq!(why, "policy dev: usages: kubernetes.io/kube-apiserver-client signs nothing without client auth");
+        denied(&policies, &ask("cn=dev"), "USAGE_NOT_ALLOWED");
+        let short = Ask {
+            usages: Usages::empty().with(Usage::ClientAuth),
+            lifetime: Some(Duration::from_secs(599)),
+            ..ask("cn=dev")
+        };
+        denied(&policies, &short, "LIFETIME_NOT_ALLOWED");
     }
 
     #[test]
@@ -761,7 +1005,116 @@ mod tests {
         "lifetime: {min: 1s, max: 48h}",
     ];
 
+    const POD_ENTRIES: [&str; 10] = [
+        "commonNames: [web, '{kubernetes.namespace}']",
+        "organizations: [Example]",
+        "dnsNames: [a]",
+        "dnsNames: ['{kubernetes.service}.{kubernetes.namespace}.svc']",
+        "dnsNames: ['*.{kubernetes.namespace}.svc']",
+        "ipAddresses: ['{kubernetes.podIP}']",
+        "ipAddresses: [10.0.0.0/8]",
+        "uris: ['spiffe://e/{kubernetes.serviceAccount}']",
+        "uris: ['spiffe://e/*']",
+        "lifetime: {min: 1s, max: 48h}",
+    ];
+    const POD_CLAUSES: [&str; 4] = [
+        "namespaces: [production]",
+        "serviceAccounts: [web]",
+        "podSelector: {matchLabels: {app: web}, matchExpressions: [{key: tier, operator: NotIn, values: [db]}]}",
+        "namespaceSelector: {matchExpressions: [{key: team, operator: Exists}]}",
+    ];
+
+    fn any_pod() -> impl Strategy<Value = PodFacts> {
+        let one_of = |values: &[&'static str]| proptest::sample::select(values.to_vec()).prop_map(str::to_owned);
+        let labels =
+            proptest::collection::btree_map(one_of(&["app", "tier", "team"]), one_of(&["web", "db", "a"]), 0..3);
+        let services = proptest::collection::btree_set(prop_oneof![one_of(&["web", "web-api"]), any::<String>()], 0..3);
+        let ips = proptest::collection::vec(any::<std::net::IpAddr>(), 0..2);
+        let namespace = prop_oneof![one_of(&["production", "test"]), any::<String>()];
+        let account = prop_oneof![one_of(&["web", "x"]), any::<String>()];
+        (namespace, account, labels.clone(), labels, ips, services).prop_map(
+            |(namespace, service_account, labels, namespace_labels, ips, services)| PodFacts {
+                namespace,
+                service_account,
+                labels,
+                namespace_labels,
+                ips,
+                services,
+                ..pod()
+            },
+        )
+    }
+
+    /// An ask for names that a pod may have, or nearly.
+    fn any_ask_of_pods() -> impl Strategy<Value = Ask> {
+        let dns = ["a", "web.production.svc", "web-api.production.svc", "db.production.svc", "web.test.svc", "web.svc"];
+        let dns = proptest::collection::vec(proptest::sample::select(dns.to_vec()), 0..3);
+        (any_ask(), dns, any::<bool>()).prop_map(|(ask, dns, own)| {
+            let names = Names { dns: dns.iter().map(|name| DnsName::parse(name).unwrap()).collect(), ..ask.names };
+            let names = if own {
+                Names { ips: pod().ips, uris: Vec::new(), organizations: Vec::new(), ..names }
+            } else {
+                names
+            };
+            Ask { names, usages: Usages::DEFAULT, key: KeyAlgorithm::EcdsaP256, ..ask }
+        })
+    }
+
+    /// A policy `a` about pods with the clauses and entries that the bits select.
+    fn pods_by(clauses: u8, entries: u16) -> PolicySet {
+        let mut selected: BTreeMap<&str, &str> = BTreeMap::new();
+        for (_, clause) in POD_CLAUSES.iter().enumerate().filter(|(i, _)| clauses & (1 << i) != 0) {
+            let (name, value) = clause.split_once(": ").unwrap();
+            selected.entry(name).or_insert(value);
+        }
+        if !selected.contains_key("namespaces") {
+            selected.entry("namespaceSelector").or_insert("{}");
+        }
+        let clauses: Vec<_> = selected.iter().map(|(name, value)| format!("{name}: {value}")).collect();
+        let text = of_pods("a", &spec_of(&POD_ENTRIES, entries));
+        set(&text.replace("namespaces: [production]", &clauses.join(", ")))
+    }
+
     proptest! {
+        #[test]
+        fn deciding_about_pods_never_panics_and_grants_what_was_asked(
+            ask in any_ask_of_pods(), pod in any_pod(), clauses: u8, entries: u16,
+        ) {
+            let policies = pods_by(clauses, entries);
+            let workload = Workload::of_pod(pod);
+            let decided = decide(&policies, &workload, &ask);
+            if let Ok(grant) = &decided {
+                prop_assert_eq!(grant.names(), &ask.names);
+                prop_assert!(grant.names().check().is_ok());
+            }
+            prop_assert_eq!(explain(&policies, workload.facts(), &ask).granted.is_some(), decided.is_ok());
+            views(&policies, &workload);
+            offers(&policies, &workload);
+        }
+
+        #[test]
+        fn adding_a_clause_or_removing_an_entry_never_grants_a_pod_more(
+            ask in any_ask_of_pods(), pod in any_pod(), more: u16, less: u16, clause in 0..POD_CLAUSES.len(), clauses: u8,
+        ) {
+            // The lifetime has a default when it is absent.
+            let (more, less) = (more | 0x200, (more & less) | 0x200);
+            let workload = Workload::of_pod(pod);
+            if decide(&pods_by(clauses | 1 << clause, less), &workload, &ask).is_ok() {
+                prop_assert!(decide(&pods_by(clauses, more), &workload, &ask).is_ok());
+            }
+        }
+
+        #[test]
+        fn a_pod_that_loses_a_service_or_an_address_is_granted_no_more(ask in any_ask_of_pods(), pod in any_pod(), entries: u16) {
+            let policies = pods_by(0, entries);
+            let mut less = pod.clone();
+            less.services.pop_first();
+            less.ips.pop();
+            if decide(&policies, &Workload::of_pod(less), &ask).is_ok() {
+                prop_assert!(decide(&policies, &Workload::of_pod(pod), &ask).is_ok());
+            }
+        }
+
         #[test]
         fn deciding_never_panics_and_grants_what_was_asked(ask in any_ask(), user in any::<String>(), bits: u16) {
             let workload = Workload::for_test(UnixFacts { user: Some(user), ..facts() });
@@ -793,8 +1146,12 @@ mod tests {
 
     /// A spec with the entries of [`ENTRIES`] that `bits` select.
     fn spec(bits: u16) -> String {
+        spec_of(&ENTRIES, bits)
+    }
+
+    fn spec_of(entries: &[&str], bits: u16) -> String {
         let mut lists: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-        for (_, entry) in ENTRIES.iter().enumerate().filter(|(i, _)| bits & (1 << i) != 0) {
+        for (_, entry) in entries.iter().enumerate().filter(|(i, _)| bits & (1 << i) != 0) {
             let (name, values) = entry.split_once(": ").unwrap();
             lists.entry(name).or_default().push(values.trim_matches(['[', ']']));
         }

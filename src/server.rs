@@ -6,17 +6,23 @@
 
 pub mod admin;
 pub mod authority;
+mod call;
 mod convert;
 mod credentials;
+mod identities;
 mod issuance;
 mod limits;
 mod methods;
 mod refusal;
+mod sds;
 pub mod stop;
+mod workload_api;
 
 use std::{convert::Infallible, pin::pin, sync::Arc, time::Duration};
 
-use hyper::{HeaderMap, Request, Response, body::Incoming, server::conn::http2, service::service_fn};
+use hyper::{
+    HeaderMap, Request, Response, body::Incoming, header::AUTHORIZATION, server::conn::http2, service::service_fn,
+};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -31,19 +37,24 @@ use tower::Service as _;
 use tower_http::timeout::TimeoutBody;
 
 use crate::{
-    attest::{AttestError, Attestor, Caller, Peer, PeerStream, Workload},
+    attest::{AttestError, Attestor, Caller, Peer, PeerStream, Token, TokenError, Workload},
     hub::Hub,
     metrics::{ConnectionRefused, Metrics, counted},
     policy::Ask,
-    proto::{self, v1},
+    proto::{
+        self, envoy::service::secret::v3::secret_discovery_service_server::SecretDiscoveryServiceServer,
+        spiffe::spiffe_workload_api_server::SpiffeWorkloadApiServer, v1,
+    },
     telemetry,
 };
 
 use authority::AuthorityStream;
+pub use identities::MAX_IDENTITIES;
 pub use limits::Limits;
 use limits::{Place, Seat, Tally};
 use methods::Methods;
 use refusal::Refusal;
+pub use sds::{MAX_DISCOVERY_REQUEST_BYTES, MAX_SECRET_NAME_BYTES, MAX_SECRETS};
 
 /// Calls under way at once on one connection; hyper refuses one more with REFUSED_STREAM.
 pub const MAX_STREAMS_PER_CONNECTION: u32 = 128;
@@ -60,7 +71,7 @@ pub const MAX_UNSENT_BYTES: usize = 8 * 1024;
 pub const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a request's message may stall.
 pub const REQUEST_BODY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Stands for the principal of callers whose process is unknown: they share one principal's bounds.
+/// Stands for the principal of callers whose process or pod is unknown: they share one principal's bounds.
 const UNKNOWN: u64 = u64::MAX;
 /// How often a silent connection is asked whether its client still answers.
 pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(300);
@@ -115,6 +126,7 @@ struct Connection {
 struct Arrival {
     connection: Arc<Connection>,
     span: tracing::Span,
+    token: Result<Option<Token>, TokenError>,
     /// Given up when the message is there.
     _place: Arc<Place>,
 }
@@ -128,6 +140,10 @@ impl Server {
         let issuance = issuance::Issuance::new(engine.clone());
         let issuance = v1::certificate_service_server::CertificateServiceServer::new(issuance)
             .max_decoding_message_size(MAX_REQUEST_BYTES);
+        let workload_api = workload_api::WorkloadApi::new(engine.clone());
+        let workload_api = SpiffeWorkloadApiServer::new(workload_api).max_decoding_message_size(MAX_REQUEST_BYTES);
+        let sds = sds::Sds::new(engine.clone());
+        let sds = SecretDiscoveryServiceServer::new(sds).max_decoding_message_size(MAX_DISCOVERY_REQUEST_BYTES);
         let credentials = v1::status_service_server::StatusServiceServer::new(credentials::Credentials::new(engine))
             .max_decoding_message_size(MAX_REQUEST_BYTES);
         let methods = Methods::of(&[
@@ -144,6 +160,8 @@ impl Server {
         let routes = health
             .add_service(issuance)
             .add_service(credentials)
+            .add_service(workload_api)
+            .add_service(sds)
             .add_service(reflection().build_v1().expect("our own descriptors are valid"))
             .add_service(reflection().build_v1alpha().expect("our own descriptors are valid"))
             .prepare();
@@ -160,7 +178,8 @@ impl Server {
                 accepted = listener.accept() => match accepted {
                     Ok((stream, _)) => {
                         let peer = Peer::of(&stream, &self.attestor).map(Arc::new);
-                        let principal = peer.as_ref().map_or(UNKNOWN, |peer| peer.uid().into());
+                        let principal = peer.as_ref().ok().and_then(|peer| self.attestor.principal(peer));
+                        let principal = principal.unwrap_or(UNKNOWN);
                         let Some(seat) = self.tally.connection(principal) else {
                             self.metrics.connection_refused(ConnectionRefused::TooMany);
                             continue;
@@ -262,9 +281,14 @@ impl Server {
     ) -> impl Future<Output = Result<Response<Body>, Infallible>> + Send + use<> {
         connection.spoke.notify_one();
         let answer = self.admit(connection.principal).map(|(arriving, open)| {
+            let mut request = request;
+            let token =
+                Token::in_headers(request.headers().get_all(AUTHORIZATION).iter().map(|value| value.as_bytes()));
+            request.headers_mut().remove(AUTHORIZATION);
             let span = telemetry::rpc_span(request.headers(), self.methods.known(request.uri().path()));
-            let mut request = request.map(|body| TimeoutBody::new(REQUEST_BODY_TIMEOUT, body));
-            let arrival = Arrival { connection: connection.clone(), span, _place: Arc::new(arriving) };
+            let stall = if sds::goes_on(request.uri().path()) { Duration::MAX } else { REQUEST_BODY_TIMEOUT };
+            let mut request = request.map(|body| TimeoutBody::new(stall, body));
+            let arrival = Arrival { connection: connection.clone(), span, token, _place: Arc::new(arriving) };
             request.extensions_mut().insert(arrival);
             // Routes are always ready.
             (self.routes.clone().call(request), open)
@@ -314,6 +338,16 @@ impl Charge {
         if refused {
             self.tally.refused(self.principal);
         }
+    }
+}
+
+impl Arrival {
+    /// Who calls, proven now, by the token as well if there is one.
+    async fn workload(&self, engine: &Engine) -> Result<Arc<Workload>, Refusal> {
+        let workload = self.connection.workload(engine).await?;
+        let confirmed = engine.attestor.confirm(&workload, &self.token).await;
+        confirmed.map_err(|error| refused(&engine.metrics, &error))?;
+        Ok(workload)
     }
 }
 

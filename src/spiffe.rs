@@ -35,6 +35,11 @@ impl SpiffeId {
         &self.text
     }
 
+    /// The trust domain's own SPIFFE ID: `spiffe://` and its name.
+    pub fn trust_domain(&self) -> &str {
+        &self.text[..self.path_at]
+    }
+
     /// The path with its leading slash; empty for the trust domain itself, which no workload may have.
     pub fn path(&self) -> &str {
         &self.text[self.path_at..]
@@ -100,6 +105,7 @@ mod tests {
             let text = format!("spiffe://{trust_domain}{path}");
             let id = SpiffeId::parse(&text).unwrap();
             assert_eq!((id.as_str(), id.path()), (text.as_str(), path));
+            assert_eq!(id.trust_domain(), format!("spiffe://{trust_domain}"));
         }
     }
 

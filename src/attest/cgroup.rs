@@ -4,7 +4,10 @@
 //! written from the host's root, or that has been deleted, names no unit. Resource hierarchies of cgroup v1 are not
 //! read, because anything may place processes there; systemd places them in its own.
 
+pub(super) use self::pod::{InPod, Place, View};
 use super::AttestError;
+
+mod pod;
 
 /// Longest unit name of systemd (`UNIT_NAME_MAX`), in bytes.
 const UNIT_NAME_BYTES_MAX: usize = 255;

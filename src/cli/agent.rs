@@ -1,5 +1,7 @@
 //! `csrd agent`: the node daemon.
 
+mod cluster;
+
 use std::{
     io::{self, IsTerminal as _},
     net::SocketAddr,
@@ -9,14 +11,17 @@ use std::{
 };
 
 use anyhow::Context as _;
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::watch,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{Exit, UsageError};
 use crate::{
     agent::{self, Parts},
     clock::Clock,
-    config::{Config, Overrides, otel_variables},
+    config::{Config, Mode, Overrides, otel_variables},
     metrics::Metrics,
     policy::watch::PolicyFiles,
     server::{Limits, admin::Readiness},
@@ -37,6 +42,12 @@ pub struct Args {
     /// Socket to listen on [default: unix:///run/csrd/csrd.sock]
     #[arg(long, value_name = "PATH")]
     socket: Option<SocketPath>,
+    /// Be the agent of a cluster's node: pods, policies and signers are the API server's
+    #[arg(long)]
+    kubernetes: bool,
+    /// Name of this node, where the agent's token does not say it
+    #[arg(long, value_name = "NAME", env = "NODE_NAME")]
+    node: Option<String>,
     /// Folder for the embedded CA [default: /var/lib/csrd]
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
@@ -53,52 +64,73 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     super::forbid_tracing();
     let descriptors = super::raise_descriptor_limit();
     super::forbid_huge_pages();
-    let overrides =
-        Overrides { socket: args.socket, state_dir: args.state_dir, policies: args.policies, admin: args.admin };
+    let overrides = Overrides {
+        socket: args.socket,
+        state_dir: args.state_dir,
+        policies: args.policies,
+        admin: args.admin,
+        kubernetes: args.kubernetes,
+        node: args.node,
+    };
     let config = Config::load(args.config.as_deref(), overrides).map_err(UsageError::of)?;
     let telemetry = start_telemetry(config.log.clone())?;
     let stop = CancellationToken::new();
     // Before anything is bound: whoever sees the socket can already stop the agent in good order.
     let signals = Signals::catch().context("catching signals")?;
-    let parts = parts(config, descriptors, stop.clone())?;
-    let bound = agent::build(parts).await?;
-    tracing::info!(socket = %bound.socket.display(), admin = bound.admin.map(tracing::field::display), "ready");
-    sd_notify::notify(&[sd_notify::NotifyState::Ready]).context("telling systemd that the agent is ready")?;
-    let running = bound.run();
+    let running = async {
+        let Some(parts) = parts(config, descriptors, stop.clone()).await? else { return anyhow::Ok(()) };
+        let bound = agent::build(parts).await?;
+        tracing::info!(socket = %bound.socket.display(), admin = bound.admin.map(tracing::field::display), "ready");
+        sd_notify::notify(&[sd_notify::NotifyState::Ready]).context("telling systemd that the agent is ready")?;
+        Ok(bound.run().await?)
+    };
     tokio::select! {
         ended = running => {
             telemetry.shutdown();
             ended?;
             Ok(ExitCode::SUCCESS)
         }
-        () = signals.second(stop) => Ok(Exit::Failure.into()),
+        () = signals.second(stop.clone()) => Ok(Exit::Failure.into()),
     }
 }
 
-/// What a configured agent is made of.
-fn parts(config: Config, descriptors: usize, stop: CancellationToken) -> anyhow::Result<Parts> {
-    let (clock, metrics, readiness) = (Clock::system(), Metrics::new(), Readiness::new());
-    let policies = PolicyFiles::load(config.policies, metrics.clone()).map_err(UsageError::of)?;
-    let signer = Arc::new(Embedded::open(config.ca, &clock, metrics.signer(embedded::NAME))?);
-    let in_force = policies.subscribe();
-    Ok(Parts {
+/// What a configured agent is made of; `None` if it was stopped while it asked.
+async fn parts(config: Config, descriptors: usize, stop: CancellationToken) -> anyhow::Result<Option<Parts>> {
+    let (clock, metrics) = (Clock::system(), Metrics::new());
+    let mut parts = Parts {
         socket: config.socket.as_path().to_owned(),
         admin: config.admin,
-        policies: in_force,
-        signers: vec![signer.clone() as Arc<dyn Sign>],
+        policies: watch::channel(Arc::default()).1,
+        cluster: None,
+        signers: Vec::new(),
         signer_rate: config.limits.all.into(),
         principal_rate: config.limits.per_workload.into(),
         limits: Limits::for_descriptors(descriptors),
         seed: rand::random(),
-        metrics,
-        readiness,
-        background: vec![
-            ("policies", Box::pin(policies.run(stop.clone()))),
-            ("embedded signer", Box::pin(signer.run(stop.clone()))),
-        ],
-        clock,
-        stop,
-    })
+        metrics: metrics.clone(),
+        readiness: Readiness::new(),
+        background: Vec::new(),
+        clock: clock.clone(),
+        stop: stop.clone(),
+    };
+    match config.mode {
+        Mode::Host { policies, ca } => {
+            let policies = PolicyFiles::load(policies, metrics.clone()).map_err(UsageError::of)?;
+            let signer = Arc::new(Embedded::open(ca, &clock, metrics.signer(embedded::NAME))?);
+            parts.policies = policies.subscribe();
+            parts.signers = vec![signer.clone() as Arc<dyn Sign>];
+            parts.background.push(("policies", Box::pin(policies.run(stop.clone()))));
+            parts.background.push(("embedded signer", Box::pin(signer.run(stop))));
+        }
+        Mode::Kubernetes(config) => {
+            let Some(joined) = cluster::join(config, &clock, &stop).await? else { return Ok(None) };
+            parts.policies = joined.policies;
+            parts.signers = joined.signers;
+            parts.cluster = Some(joined.cluster);
+            parts.background = joined.background;
+        }
+    }
+    Ok(Some(parts))
 }
 
 /// Logs to stderr, and traces if an `OTEL_*` variable names a collector.

@@ -25,7 +25,7 @@ use crate::{
     clock::Clock,
     config::LimitsFile,
     metrics::Metrics,
-    policy::{PolicySet, Source},
+    policy::{EMBEDDED, PolicySet, Source},
     proto::v1,
     server::{Limits, admin::Readiness},
     signer::{
@@ -64,6 +64,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
         socket: folder.path().join("csrd.sock"),
         admin: None,
         policies: in_force,
+        cluster: None,
         signers: vec![signer.clone() as Arc<dyn Sign>],
         signer_rate: limits.all.into(),
         principal_rate: limits.per_workload.into(),
@@ -153,7 +154,7 @@ spec:
     lifetime: {{default: {LIFETIME_SECONDS}s, max: {LIFETIME_SECONDS}s}}
 "
     );
-    PolicySet::parse(&[Source { origin: "demo".to_owned(), text }]).expect("the demo's policy is valid")
+    PolicySet::parse(&[Source { origin: "demo".to_owned(), text }], EMBEDDED).expect("the demo's policy is valid")
 }
 
 fn say(line: std::fmt::Arguments<'_>) -> anyhow::Result<()> {

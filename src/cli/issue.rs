@@ -79,14 +79,16 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
             show(&stage_line(&stage));
         }
     };
-    let certificate = args.socket.client().issue(request, progress).await?;
     let target = match args.combined {
         Some(file) => Some(Target::Combined(file)),
         None if args.output == Format::Files => Some(Target::Files(args.dir)),
         None => None,
     };
-    match target {
-        Some(target) => Sink { target, key_mode: DEFAULT_KEY_MODE, owner: None }.write(&certificate)?,
+    let sink = target.map(|target| Sink { target, key_mode: DEFAULT_KEY_MODE, owner: None });
+    sink.as_ref().map_or(Ok(()), Sink::check)?;
+    let certificate = args.socket.client().issue(request, progress).await?;
+    match sink {
+        Some(sink) => sink.write(&certificate)?,
         None => print(&certificate, args.output, args.name.as_deref(), args.namespace.as_deref())?,
     }
     if verbose {

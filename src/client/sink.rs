@@ -143,6 +143,19 @@ struct Content<'a> {
 }
 
 impl Sink {
+    /// Whether the target is one that this sink writes to at all, before a certificate is asked for.
+    ///
+    /// # Errors
+    /// The folder is kept by somebody else.
+    pub fn check(&self) -> Result<(), SinkError> {
+        let Target::Files(path) = &self.target else { return Ok(()) };
+        match Folder::open(path) {
+            Ok(folder) if folder.link(DATA_LINK).is_some() => Err(SinkError::Watched(path.clone())),
+            // A folder that is not there yet is made when there is something to put there.
+            Ok(_) | Err(_) => Ok(()),
+        }
+    }
+
     /// Writes `certificate`, durably, with the modes and owner of this sink.
     ///
     /// # Errors
@@ -154,10 +167,8 @@ impl Sink {
                 self.write_set(&folder, &self.set(certificate))
             }
             Target::Files(path) => {
+                self.check()?;
                 let folder = Folder::create(path)?;
-                if folder.link(DATA_LINK).is_some() {
-                    return Err(SinkError::Watched(path.clone()));
-                }
                 self.set(certificate).iter().try_for_each(|content| self.replace(&folder, content))
             }
             Target::Combined(path) => {
@@ -564,8 +575,10 @@ mod tests {
         watched.write(&tagged("3")).unwrap();
         assert_eq!(mode(folder.join("tls.key")), 0o640);
 
-        let error = sink(Target::Files(folder.clone())).write(&tagged("4")).expect_err("links are kept there");
-        assert!(matches!(error, SinkError::Watched(_)));
+        let plain = sink(Target::Files(folder.clone()));
+        for refused in [plain.check(), plain.write(&tagged("4"))] {
+            assert!(matches!(refused.expect_err("links are kept there"), SinkError::Watched(_)));
+        }
         holds_set(&folder, "3");
     }
 

@@ -9,7 +9,7 @@ use super::{Held, HubError, Progress, queue::Turn};
 use crate::{
     attest::Workload,
     issue::Credential,
-    policy::{Ask, Denial, Grant, PolicySet},
+    policy::{Ask, Grant, PolicySet},
     telemetry,
     x509::Bundle,
 };
@@ -30,6 +30,8 @@ pub(super) struct Entry {
     /// The decision in force, and the policies it was made under.
     pub(super) grant: Grant,
     pub(super) decided_under: Arc<PolicySet>,
+    /// The workload has changed since.
+    pub(super) stale: bool,
     /// Set when a later subscription with the same request is to find this entry.
     pub(super) shared: Option<Arc<Key>>,
     /// Told of the first flight's steps, then dropped.
@@ -66,8 +68,8 @@ pub(super) enum Snapshot {
     Pending,
     /// There is a certificate.
     Live(Live),
-    /// The workload lost its right; the last state.
-    Denied(u64, Arc<Denial>),
+    /// The workload lost its right, or is gone; the last state.
+    Denied(u64, HubError),
     /// The first flight failed, or the entry was given up; the last state.
     Failed(HubError),
 }
@@ -119,6 +121,7 @@ impl Entry {
             held,
             grant,
             decided_under,
+            stale: false,
             shared,
             progress,
             flight: Flight::Idle,
@@ -130,6 +133,12 @@ impl Entry {
             trace: None,
             snapshot: watch::Sender::new(Snapshot::Pending),
         }
+    }
+
+    /// Whether this is its workload, or the same one in other circumstances: a pod keeps what is its own when its labels
+    /// change.
+    pub(super) fn is_of(&self, workload: &Workload) -> bool {
+        *self.workload == *workload || (workload.pod().is_some() && workload.is_still(&self.workload))
     }
 
     /// When the schedule has to look at a live entry that somebody follows: renewal, retry, or never again.

@@ -3,6 +3,7 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use tokio::{
+    sync::watch,
     task::{Id, JoinError, JoinSet},
     time::{Instant, sleep, timeout},
 };
@@ -12,7 +13,7 @@ use tracing::Instrument as _;
 
 use super::{FLIGHT_TIMEOUT, Hub, HubError, MAX_FLIGHTS, MAX_SLEEP, STOP_GRACE, Step, entry::Flight, with_causes};
 use crate::{
-    attest::Workload,
+    attest::{Pods, Workload},
     issue::{self, Credential},
     metrics::Metrics,
     signer::Stage,
@@ -38,6 +39,7 @@ impl Hub {
     pub async fn run(self, stop: CancellationToken) {
         let mut flights = Flights::default();
         let mut policies = self.0.policies.clone();
+        let mut pods = self.0.pods.as_ref().map(Pods::changed);
         let mut jumps = self.0.clock.jumps();
         let mut bundles = StreamMap::new();
         for (name, signer) in &self.0.signers {
@@ -49,6 +51,7 @@ impl Hub {
                 () = stop.cancelled() => break,
                 Some(landed) = flights.tasks.join_next_with_id() => self.land(&mut flights.owners, landed),
                 Ok(()) = policies.changed() => self.sweep(),
+                () = pods_changed(&mut pods) => self.sweep(),
                 Some((signer, bundle)) = bundles.next() => self.bundle_changed(&signer, &bundle),
                 () = self.0.wake.notified() => {}
                 () = jumps.next() => tracing::info!("the clock has jumped; what is due is looked at again"),
@@ -149,13 +152,12 @@ impl Hub {
         self.publish_gauges(&state);
     }
 
-    /// Decides every entry again under the policies in force.
+    /// Decides again on every entry of which the policies in force or the workload have changed.
     fn sweep(&self) {
-        let (policies, now) = (self.policies(), self.0.clock.now());
         let mut state = self.lock();
         for id in state.entries.keys().copied().collect::<Vec<_>>() {
-            if let Some(denial) = state.redecide(id, &policies, now) {
-                tracing::info!(reason = denial.reason(), "a credential lost its right under the new policies");
+            if let Some(lost) = self.revise(&mut state, id) {
+                tracing::info!(reason = lost.reason(), "a credential lost its right");
             }
         }
         self.publish_gauges(&state);
@@ -165,6 +167,13 @@ impl Hub {
         tracing::info!(signer, roots = bundle.roots().len(), "trust bundle changed");
         self.lock().bundle_changed(signer, bundle, self.0.clock.now());
     }
+}
+
+/// Resolves when a pod has changed, if there are pods.
+async fn pods_changed(pods: &mut Option<watch::Receiver<u64>>) {
+    let Some(pods) = pods else { return std::future::pending().await };
+    // The hub holds the pods, so they do not go away before it.
+    let _ = pods.changed().await;
 }
 
 /// Logs how a flight ended, within its span, and counts it if it was a renewal.

@@ -1,7 +1,7 @@
 //! What the hub knows, and every change to it, as plain functions of a moment: no time passes in here and nothing waits.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, hash_map::Entry as MapEntry},
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -18,7 +18,7 @@ use crate::{
     attest::Workload,
     backoff::Backoff,
     issue::Credential,
-    policy::{self, Denial, Grant, PolicySet},
+    policy::{self, Grant, PolicySet},
     x509::Bundle,
 };
 
@@ -207,10 +207,34 @@ impl State {
         }
     }
 
-    /// Decides again if `policies` are not those of the last decision. A lost right ends the entry.
-    pub(super) fn redecide(&mut self, id: u128, policies: &Arc<PolicySet>, now: SystemTime) -> Option<Arc<Denial>> {
+    /// The entry's workload is in other circumstances now: what was decided for it no longer stands.
+    pub(super) fn becomes(&mut self, id: u128, workload: Arc<Workload>) {
+        let Some(entry) = self.entries.get_mut(&id) else { return };
+        if entry.workload == workload {
+            return;
+        }
+        entry.workload = workload;
+        entry.stale = true;
+        let Some(key) = entry.shared.take() else { return };
+        self.shared.remove(&key);
+        let key = Arc::new(Key { workload: entry.workload.clone(), ask: key.ask.clone(), held: key.held.clone() });
+        // Somebody may have asked for the same as what it is now, before this entry was looked at.
+        if let MapEntry::Vacant(place) = self.shared.entry(key.clone()) {
+            place.insert(id);
+            entry.shared = Some(key);
+        }
+    }
+
+    /// The workload has lost its right, or is gone; its followers are told so.
+    pub(super) fn lost(&mut self, id: u128, why: HubError, now: SystemTime) {
+        let sequence = next_sequence(&mut self.sequence, now);
+        self.end(id, Snapshot::Denied(sequence, why));
+    }
+
+    /// Decides again if the policies or the workload are not those of the last decision. A lost right ends the entry.
+    pub(super) fn redecide(&mut self, id: u128, policies: &Arc<PolicySet>, now: SystemTime) -> Option<HubError> {
         let entry = self.entries.get_mut(&id)?;
-        if Arc::ptr_eq(&entry.decided_under, policies) {
+        if Arc::ptr_eq(&entry.decided_under, policies) && !entry.stale {
             return None;
         }
         match policy::decide(policies, &entry.workload, &entry.ask) {
@@ -218,6 +242,7 @@ impl State {
                 let other = !same_certificate(&entry.grant, &grant);
                 entry.grant = grant;
                 entry.decided_under = policies.clone();
+                entry.stale = false;
                 if other {
                     self.change(id, |live| live.superseded = true);
                 }
@@ -228,10 +253,9 @@ impl State {
                 None
             }
             Err(denial) => {
-                let denial = Arc::new(denial);
-                let sequence = next_sequence(&mut self.sequence, now);
-                self.end(id, Snapshot::Denied(sequence, denial.clone()));
-                Some(denial)
+                let lost = HubError::Denied(Arc::new(denial));
+                self.lost(id, lost.clone(), now);
+                Some(lost)
             }
         }
     }

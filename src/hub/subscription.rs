@@ -8,7 +8,7 @@ use super::{
     ANSWER_TIMEOUT, Hub, HubError,
     entry::{Delay, Live, Snapshot},
 };
-use crate::{attest::Workload, policy::Denial, x509::Bundle};
+use crate::{attest::Workload, x509::Bundle};
 
 /// Follows one credential; dropping it tells the hub that the follower has gone.
 #[derive(Debug)]
@@ -31,8 +31,8 @@ pub enum Event {
     Delayed(u64, Arc<Delay>, Live),
     /// The follower is to rotate its key before the certificate of `Live` ends.
     RotationDue(u64, Live),
-    /// The right was lost; nothing follows.
-    Denied(u64, Arc<Denial>),
+    /// The right was lost, or the pod is gone; nothing follows.
+    Denied(u64, HubError),
     /// The entry was given up; nothing follows.
     Ended(HubError),
 }
@@ -57,7 +57,7 @@ impl Subscription {
             match &*self.snapshots.borrow_and_update() {
                 Snapshot::Pending => {}
                 Snapshot::Failed(error) => return Err(error.clone()),
-                Snapshot::Denied(_, denial) => return Err(HubError::Denied(denial.clone())),
+                Snapshot::Denied(_, lost) => return Err(lost.clone()),
                 Snapshot::Live(live) => match &live.delay {
                     _ if live.credential.not_after() > self.hub.0.clock.now() && !live.superseded => return Ok(()),
                     Some((_, delay)) => return Err(HubError::Expired(delay.message.clone())),
@@ -87,6 +87,20 @@ impl Subscription {
     /// loses a fact, and may lose its certificate where a policy looks at that fact.
     pub fn is_for(&self, workload: &Workload) -> bool {
         self.hub.may_have(self.id, workload)
+    }
+
+    /// The certificate of a subscription that has had no event: its first.
+    ///
+    /// # Errors
+    /// It was lost since.
+    pub async fn first(&mut self) -> Result<Live, HubError> {
+        match self.next().await {
+            Event::Certificate(_, live) => Ok(live),
+            Event::Denied(_, lost) => Err(lost),
+            Event::Ended(error) => Err(error),
+            // A credential's other events come after its certificate.
+            Event::Bundle(..) | Event::Delayed(..) | Event::RotationDue(..) => Err(HubError::Stopping),
+        }
     }
 
     /// Whether the follower has had an event, in this stream or an earlier one.
@@ -134,7 +148,7 @@ fn next_event(snapshot: &Snapshot, seen: u64) -> Option<Event> {
     let live = match snapshot {
         Snapshot::Pending => return None,
         Snapshot::Failed(error) => return Some(Event::Ended(error.clone())),
-        Snapshot::Denied(sequence, denial) => return Some(Event::Denied(*sequence, denial.clone())),
+        Snapshot::Denied(sequence, lost) => return Some(Event::Denied(*sequence, lost.clone())),
         Snapshot::Live(live) => live,
     };
     let certificate = (live.issued > seen).then(|| Event::Certificate(live.issued, live.clone()));

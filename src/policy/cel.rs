@@ -1,45 +1,44 @@
 //! Rules: CEL expressions over `workload` and `request`, compiled and proven short at load.
 //!
-//! Invariant: a [`Rule`] that exists needs at most [`MAX_COST`] steps for any input within the bounds of an ask. CEL has
-//! no loops but comprehensions over lists, so an upper bound follows from the expression alone: every part of it gets a
-//! size and a cost, a comprehension multiplies the cost of its body by the most elements its range can have.
-//! What the estimate does not know (functions, fields, variables) is refused, so nothing runs that was not counted.
+//! Invariant: a [`Rule`] that exists needs at most [`MAX_COST`] steps for any input within the bounds of an ask, as
+//! `estimate` counts them; facts beyond the bounds that it counts with are refused.
 //!
 //! Left out: `matches` (`allow` has patterns, and a regular expression's cost is not visible in its size), timestamps and
 //! durations (`request.lifetimeSeconds` is a number).
 
-use std::sync::{Arc, LazyLock};
+mod estimate;
 
-use cel::{
-    Context, Env, IdedExpr, Value,
-    common::ast::{CallExpr, ComprehensionExpr, EntryExpr, Expr, LiteralValue, SelectExpr},
-    parser::Parser,
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, LazyLock},
 };
 
-use super::{Terms, clipped, shown};
-use crate::{
-    attest::{Facts, UnixFacts},
-    x509::name::{MAX_DNS_NAME_BYTES, MAX_NAMES, MAX_ORGANIZATIONS, MAX_SUBJECT_CHARS, MAX_URI_BYTES},
+pub use self::estimate::{MAX_COST, MAX_DEPTH};
+use cel::{Context, Env, IdedExpr, Value, parser::Parser};
+
+use super::{
+    MAX_NAME_BYTES, Terms, clipped,
+    fact::{Callers, MAX_SERVICES},
+    selector::{MAX_LABEL_BYTES, MAX_LABEL_KEY_BYTES},
+    shown,
 };
+use crate::attest::{Facts, PodFacts, UnixFacts};
 
 /// Bytes in one expression.
 pub const MAX_EXPRESSION_BYTES: usize = 1024;
-/// Calls, selections and literals inside each other in one expression, after macros are expanded.
-pub const MAX_DEPTH: usize = 48;
-/// Steps that one expression may need at most: a visited node counts 16, a byte looked at or copied 1.
-pub const MAX_COST: u64 = 5_000_000;
 /// Supplementary groups of a caller that rules can see; a caller with more is refused by every rule.
 pub const MAX_RULE_GROUPS: usize = 1024;
+/// Labels of a pod, or of its namespace, that rules can see; a pod with more is refused by every rule.
+pub const MAX_RULE_LABELS: usize = 128;
 
-const NODE_COST: u64 = 16;
 /// Brackets inside each other, counted before parsing because the parser descends once for each.
 const MAX_BRACKETS: usize = 24;
 /// Stack of the thread that parses one expression; virtual memory, given back when it ends.
 const PARSER_STACK_BYTES: usize = 16 << 20;
 /// Bytes in any one text among the facts (PATH_MAX, limits.h).
 const MAX_FACT_BYTES: usize = 4096;
-/// Bytes in the text of an IP address.
-const MAX_IP_BYTES: usize = 45;
+/// Addresses of a pod: one for each family.
+const MAX_POD_IPS: usize = 2;
 /// Characters of an evaluation error that are kept.
 const MAX_ERROR_CHARS: usize = 200;
 
@@ -58,13 +57,13 @@ pub(super) struct Variables(Context<'static, 'static>);
 static ENVIRONMENT: LazyLock<Arc<Env>> = LazyLock::new(|| Arc::new(Env::stdlib()));
 
 impl Rule {
-    /// Compiles `expression`; the error is a sentence for the policy's author.
-    pub(super) fn compile(expression: &str, message: &str) -> Result<Self, String> {
+    /// Compiles `expression` for a policy about `callers`; the error is a sentence for the policy's author.
+    pub(super) fn compile(expression: &str, message: &str, callers: Callers) -> Result<Self, String> {
         if expression.len() > MAX_EXPRESSION_BYTES {
             return Err(format!("it has {} bytes, at most {MAX_EXPRESSION_BYTES} are allowed", expression.len()));
         }
         check_brackets(expression)?;
-        let (expression, text) = (parse_apart(expression)?, expression.to_owned());
+        let (expression, text) = (parse_apart(expression, callers)?, expression.to_owned());
         Ok(Self { expression, text, message: message.to_owned() })
     }
 
@@ -96,8 +95,8 @@ impl Variables {
     pub(super) fn new(facts: &Facts, terms: &Terms) -> Result<Self, String> {
         let mut context = Context::with_env(Arc::clone(&ENVIRONMENT));
         let workload = match facts {
-            Facts::Process(facts) => ("unix", unix(facts)?),
-            Facts::Pod(_) => return Err("rules know nothing of pods".to_owned()),
+            Facts::Process(facts) => (Callers::Processes.section(), unix(facts)?),
+            Facts::Pod(facts) => (Callers::Pods.section(), pod(facts)?),
         };
         context.add_variable_from_value("workload", map([workload]));
         context.add_variable_from_value("request", request(terms));
@@ -137,16 +136,54 @@ fn unix(facts: &UnixFacts) -> Result<Value, String> {
     Ok(map(numbers.into_iter().chain(texts)))
 }
 
+fn pod(pod: &PodFacts) -> Result<Value, String> {
+    let counts = [
+        ("labels", pod.labels.len(), MAX_RULE_LABELS),
+        ("namespaceLabels", pod.namespace_labels.len(), MAX_RULE_LABELS),
+        ("podIPs", pod.ips.len(), MAX_POD_IPS),
+        ("services", pod.services.len(), MAX_SERVICES),
+    ];
+    if let Some((name, count, max)) = counts.into_iter().find(|(_, count, max)| count > max) {
+        return Err(format!("rules take at most {max} entries in kubernetes.{name}, the caller has {count}"));
+    }
+    let texts = [
+        ("namespace", &pod.namespace),
+        ("pod", &pod.name),
+        ("podUid", &pod.uid),
+        ("serviceAccount", &pod.service_account),
+        ("node", &pod.node),
+    ];
+    let labels = || pod.labels.iter().chain(&pod.namespace_labels);
+    let fits = texts.iter().all(|(_, text)| text.len() <= MAX_NAME_BYTES)
+        && pod.services.iter().all(|name| name.len() <= MAX_NAME_BYTES)
+        && labels().all(|(key, value)| key.len() <= MAX_LABEL_KEY_BYTES && value.len() <= MAX_LABEL_BYTES);
+    if !fits {
+        return Err("a name or label of the caller is longer than Kubernetes allows".to_owned());
+    }
+    let labels = |labels: &BTreeMap<String, String>| Value::from(labels.clone().into_iter().collect::<HashMap<_, _>>());
+    let texts = texts.into_iter().map(|(name, text)| (name, Value::from(text.clone())));
+    let rest = [
+        ("labels", labels(&pod.labels)),
+        ("namespaceLabels", labels(&pod.namespace_labels)),
+        ("podIPs", list(pod.ips.iter().map(ToString::to_string))),
+        ("services", list(pod.services.iter().cloned())),
+    ];
+    Ok(map(texts.chain(rest)))
+}
+
+fn list(texts: impl Iterator<Item = String>) -> Value {
+    Value::List(texts.map(Value::from).collect::<Vec<_>>().into())
+}
+
 fn request(terms: &Terms) -> Value {
-    let list = |texts: &mut dyn Iterator<Item = String>| Value::List(texts.map(Value::from).collect::<Vec<_>>().into());
     let names = &terms.names;
     map([
         ("commonName", Value::from(names.common_name.clone().unwrap_or_default())),
-        ("organizations", list(&mut names.organizations.iter().cloned())),
-        ("dnsNames", list(&mut names.dns.iter().map(ToString::to_string))),
-        ("ipAddresses", list(&mut names.ips.iter().map(ToString::to_string))),
-        ("uris", list(&mut names.uris.iter().cloned())),
-        ("usages", list(&mut terms.usages.iter().map(|usage| usage.name().to_owned()))),
+        ("organizations", list(names.organizations.iter().cloned())),
+        ("dnsNames", list(names.dns.iter().map(ToString::to_string))),
+        ("ipAddresses", list(names.ips.iter().map(ToString::to_string))),
+        ("uris", list(names.uris.iter().cloned())),
+        ("usages", list(terms.usages.iter().map(|usage| usage.name().to_owned()))),
         ("key", Value::from(terms.key.name())),
         ("lifetimeSeconds", Value::Int(i64::try_from(terms.lifetime.as_secs()).unwrap_or(i64::MAX))),
         ("signer", Value::from(terms.signer.clone())),
@@ -155,284 +192,29 @@ fn request(terms: &Terms) -> Value {
 
 fn map(entries: impl IntoIterator<Item = (&'static str, Value)>) -> Value {
     let entries = entries.into_iter().map(|(name, value)| (name.to_owned(), value));
-    Value::from(entries.collect::<std::collections::HashMap<_, _>>())
-}
-
-/// An upper bound of what a value can be.
-#[derive(Clone, Copy, Debug)]
-struct Size {
-    /// All of it.
-    bytes: u64,
-    /// Elements, when it is a list or a map.
-    count: u64,
-    /// The largest element.
-    item: u64,
-}
-
-impl Size {
-    const SCALAR: Self = Self::text(0);
-
-    const fn text(bytes: usize) -> Self {
-        Self::list(1, bytes)
-    }
-
-    const fn list(count: usize, item: usize) -> Self {
-        let item = item as u64 + 16;
-        Self { bytes: item.saturating_mul(count as u64), count: count as u64, item }
-    }
-
-    /// Any element; its own elements are not known, so each of its bytes may be one.
-    fn element(self) -> Self {
-        Self { bytes: self.item, count: self.item, item: self.item }
-    }
-
-    fn plus(self, other: Self) -> Self {
-        Self {
-            bytes: self.bytes.saturating_add(other.bytes),
-            count: self.count.saturating_add(other.count),
-            item: self.item.max(other.item),
-        }
-    }
-
-    fn max(self, other: Self) -> Self {
-        Self { bytes: self.bytes.max(other.bytes), count: self.count.max(other.count), item: self.item.max(other.item) }
-    }
-
-    fn times(self, n: u64) -> Self {
-        Self { bytes: self.bytes.saturating_mul(n), count: self.count.saturating_mul(n), item: self.item }
-    }
-
-    /// As one element of a list or map.
-    fn wrapped(self) -> Self {
-        Self { bytes: self.bytes.saturating_add(16), count: 1, item: self.bytes }
-    }
-}
-
-/// An upper bound of an expression's value and of the steps to it.
-#[derive(Clone, Copy)]
-struct Bound {
-    size: Size,
-    cost: u64,
-}
-
-const UNIX_FIELDS: [(&str, Size); 9] = [
-    ("uid", Size::SCALAR),
-    ("gid", Size::SCALAR),
-    ("supplementaryGids", Size::list(MAX_RULE_GROUPS, 8)),
-    ("user", Size::text(MAX_FACT_BYTES)),
-    ("group", Size::text(MAX_FACT_BYTES)),
-    ("executable", Size::text(MAX_FACT_BYTES)),
-    ("executableSha256", Size::text(MAX_FACT_BYTES)),
-    ("systemdUnit", Size::text(MAX_FACT_BYTES)),
-    ("cgroup", Size::text(MAX_FACT_BYTES)),
-];
-
-const REQUEST_FIELDS: [(&str, Size); 9] = [
-    ("commonName", Size::text(4 * MAX_SUBJECT_CHARS)),
-    ("organizations", Size::list(MAX_ORGANIZATIONS, 4 * MAX_SUBJECT_CHARS)),
-    ("dnsNames", Size::list(MAX_NAMES, MAX_DNS_NAME_BYTES)),
-    ("ipAddresses", Size::list(MAX_NAMES, MAX_IP_BYTES)),
-    ("uris", Size::list(MAX_NAMES, MAX_URI_BYTES)),
-    ("usages", Size::list(4, 32)),
-    ("key", Size::text(32)),
-    ("lifetimeSeconds", Size::SCALAR),
-    ("signer", Size::text(MAX_FACT_BYTES)),
-];
-
-/// What operators and functions cost and return; all of them look at each byte of their arguments at most once.
-enum Returns {
-    Scalar,
-    Sum,
-    Either,
-    Element,
-    /// As `Scalar`, without looking at the bytes.
-    Count,
-}
-
-fn returns(function: &str) -> Option<Returns> {
-    Some(match function {
-        "_&&_" | "_||_" | "!_" | "@not_strictly_false" | "-_" | "_-_" | "_*_" | "_/_" | "_%_" => Returns::Scalar,
-        "_==_" | "_!=_" | "_<_" | "_<=_" | "_>_" | "_>=_" | "@in" => Returns::Scalar,
-        "contains" | "startsWith" | "endsWith" | "int" => Returns::Scalar,
-        "_+_" | "string" => Returns::Sum,
-        "_?_:_" => Returns::Either,
-        "_[_]" => Returns::Element,
-        "size" => Returns::Count,
-        _ => return None,
-    })
-}
-
-/// Walks an expression with the comprehension variables in scope, innermost last.
-#[derive(Default)]
-struct Estimate {
-    scope: Vec<(String, Size)>,
-}
-
-impl Estimate {
-    fn visit(&mut self, expression: &IdedExpr, depth: usize) -> Result<Bound, String> {
-        if depth > MAX_DEPTH {
-            return Err(format!("it is nested deeper than {MAX_DEPTH}"));
-        }
-        let depth = depth + 1;
-        let leaf = |size| Ok(Bound { size, cost: NODE_COST });
-        match &expression.expr {
-            Expr::Literal(LiteralValue::String(text)) => leaf(Size::text(text.inner().len())),
-            Expr::Literal(LiteralValue::Bytes(bytes)) => leaf(Size::text(bytes.inner().len())),
-            Expr::Literal(_) => leaf(Size::SCALAR),
-            Expr::Ident(name) => leaf(self.variable(name)?),
-            Expr::Select(select) => self.select(select, depth),
-            Expr::Call(call) => self.call(call, depth),
-            Expr::Comprehension(comprehension) => self.comprehension(comprehension, depth),
-            Expr::List(list) => self.literal(list.elements.iter().map(|element| (None, element)), depth),
-            Expr::Map(map) => {
-                let entries = map.entries.iter().map(|entry| match &entry.expr {
-                    EntryExpr::MapEntry(entry) => Ok((Some(&entry.key), &entry.value)),
-                    EntryExpr::StructField(_) => Err("a map literal holds key: value".to_owned()),
-                });
-                let entries = entries.collect::<Result<Vec<_>, _>>()?;
-                self.literal(entries.into_iter(), depth)
-            }
-            Expr::Struct(message) => Err(format!("there are no message types such as {}", shown(&message.type_name))),
-            Expr::Unspecified => Err("it is incomplete".to_owned()),
-        }
-    }
-
-    fn variable(&self, name: &str) -> Result<Size, String> {
-        let sum = |fields: &[(&str, Size)]| fields.iter().fold(Size::SCALAR, |sum, (_, size)| sum.plus(size.wrapped()));
-        match (self.scope.iter().rev().find(|(variable, _)| variable == name), name) {
-            (Some((_, size)), _) => Ok(*size),
-            (None, "request") => Ok(sum(&REQUEST_FIELDS)),
-            (None, "workload") => Ok(sum(&UNIX_FIELDS).wrapped()),
-            (None, _) => Err(format!("there is no variable {}; there are workload and request", shown(name))),
-        }
-    }
-
-    /// Selections of known fields are checked and exact, so that a misspelt one is found at load.
-    fn select(&mut self, select: &SelectExpr, depth: usize) -> Result<Bound, String> {
-        let known =
-            |fields: &[(&'static str, Size)], of: &str| match fields.iter().find(|(name, _)| *name == select.field) {
-                Some((_, size)) => Ok(Bound { size: *size, cost: NODE_COST }),
-                None => {
-                    let names: Vec<_> = fields.iter().map(|(name, _)| *name).collect();
-                    Err(format!("{of} has no field {}; it has {}", shown(&select.field), names.join(", ")))
-                }
-            };
-        let bound = match &select.operand.expr {
-            Expr::Ident(name) if self.is_global(name, "request") => known(&REQUEST_FIELDS, "request")?,
-            Expr::Ident(name) if self.is_global(name, "workload") => {
-                known(&[("unix", self.variable("workload")?.element())], "workload")?
-            }
-            Expr::Select(outer) if matches!(&outer.operand.expr, Expr::Ident(name) if self.is_global(name, "workload")) =>
-            {
-                self.visit(&select.operand, depth)?;
-                known(&UNIX_FIELDS, "workload.unix")?
-            }
-            _ => {
-                let operand = self.visit(&select.operand, depth)?;
-                Bound { size: operand.size.element(), cost: operand.cost.saturating_add(NODE_COST) }
-            }
-        };
-        Ok(if select.test { Bound { size: Size::SCALAR, ..bound } } else { bound })
-    }
-
-    fn is_global(&self, name: &str, global: &str) -> bool {
-        name == global && self.scope.iter().all(|(variable, _)| variable != name)
-    }
-
-    fn call(&mut self, call: &CallExpr, depth: usize) -> Result<Bound, String> {
-        let Some(returns) = returns(&call.func_name) else {
-            return Err(format!(
-                "there is no function {}; there are operators, size, contains, startsWith, endsWith, string, int, has, \
-                 all, exists, exists_one, filter and map",
-                shown(&call.func_name)
-            ));
-        };
-        let mut cost = NODE_COST;
-        let mut sizes = Vec::with_capacity(3);
-        for argument in call.target.as_deref().into_iter().chain(&call.args) {
-            let bound = self.visit(argument, depth)?;
-            cost = cost.saturating_add(bound.cost);
-            sizes.push(bound.size);
-        }
-        let looked_at = sizes.iter().fold(0_u64, |sum, size| sum.saturating_add(size.bytes));
-        let first = sizes.first().copied().unwrap_or(Size::SCALAR);
-        let (size, touched) = match returns {
-            Returns::Scalar => (Size::SCALAR, looked_at),
-            Returns::Count => (Size::SCALAR, 0),
-            Returns::Sum => (sizes.iter().fold(Size::text(32), |sum, size| sum.plus(*size)), looked_at),
-            Returns::Either => (sizes.iter().skip(1).fold(Size::SCALAR, |most, size| most.max(*size)), 0),
-            Returns::Element => (first.element(), first.item),
-        };
-        Ok(Bound { size, cost: cost.saturating_add(touched) })
-    }
-
-    fn literal<'e>(
-        &mut self,
-        entries: impl Iterator<Item = (Option<&'e IdedExpr>, &'e IdedExpr)>,
-        depth: usize,
-    ) -> Result<Bound, String> {
-        let mut sum = Bound { size: Size { bytes: 16, count: 0, item: 0 }, cost: NODE_COST };
-        for (key, value) in entries {
-            let mut entry = self.visit(value, depth)?;
-            if let Some(key) = key {
-                let key = self.visit(key, depth)?;
-                entry = Bound { size: entry.size.plus(key.size), cost: entry.cost.saturating_add(key.cost) };
-            }
-            sum.size = sum.size.plus(entry.size.wrapped());
-            sum.cost = sum.cost.saturating_add(entry.cost).saturating_add(entry.size.bytes);
-        }
-        Ok(sum)
-    }
-
-    /// The accumulator of a macro only ever has something added to it, so it grows by at most the size of one step, taken
-    /// with its initial value, in each round.
-    fn comprehension(&mut self, comprehension: &ComprehensionExpr, depth: usize) -> Result<Bound, String> {
-        let range = self.visit(&comprehension.iter_range, depth)?;
-        let init = self.visit(&comprehension.accu_init, depth)?;
-        let rounds = range.size.count;
-        self.scope.push((comprehension.accu_var.clone(), init.size));
-        self.scope.push((comprehension.iter_var.clone(), range.size.element()));
-        let condition = self.visit(&comprehension.loop_cond, depth);
-        let step = self.visit(&comprehension.loop_step, depth);
-        self.scope.pop();
-        let (condition, step) = (condition?, step?);
-        let grown = init.size.plus(step.size.times(rounds));
-        if let Some((_, accumulator)) = self.scope.last_mut() {
-            *accumulator = grown;
-        }
-        let result = self.visit(&comprehension.result, depth);
-        self.scope.pop();
-        let result = result?;
-        let round = condition.cost.saturating_add(step.cost).saturating_add(range.size.item).saturating_add(NODE_COST);
-        let costs = [range.cost, init.cost, round.saturating_mul(rounds), grown.bytes, result.cost];
-        Ok(Bound { size: result.size, cost: costs.iter().fold(0, |sum, cost| sum.saturating_add(*cost)) })
-    }
+    Value::from(entries.collect::<HashMap<_, _>>())
 }
 
 /// Parses and estimates on a thread of its own: the parser's descent takes about 150 KiB of stack for each open bracket in
 /// a build without optimization, more than a worker thread has to give. A panic in the parser ends there, too.
-fn parse_apart(expression: &str) -> Result<IdedExpr, String> {
+fn parse_apart(expression: &str, callers: Callers) -> Result<IdedExpr, String> {
     std::thread::scope(|scope| {
         let parser = std::thread::Builder::new().stack_size(PARSER_STACK_BYTES);
-        let parsed =
-            parser.spawn_scoped(scope, || parse(expression)).map_err(|error| format!("no thread for it: {error}"))?;
+        let parsed = parser
+            .spawn_scoped(scope, || parse(expression, callers))
+            .map_err(|error| format!("no thread for it: {error}"))?;
         parsed.join().unwrap_or_else(|_| Err("the CEL parser failed on it".to_owned()))
     })
 }
 
-fn parse(expression: &str) -> Result<IdedExpr, String> {
+fn parse(expression: &str, callers: Callers) -> Result<IdedExpr, String> {
     let parsed = Parser::default().max_recursion_depth(MAX_DEPTH as u16).parse(expression).map_err(|errors| {
         let first = errors.errors.first();
         let (message, at) = first.map_or(("no expression", 0), |error| (error.msg.as_str(), error.pos.1));
         format!("it is no CEL expression: at character {at}: {}", clipped(message.to_owned(), MAX_ERROR_CHARS))
     })?;
-    match Estimate::default().visit(&parsed, 0)?.cost {
-        cost if cost > MAX_COST => Err(format!(
-            "it could take {cost} steps on the largest request, at most {MAX_COST} are allowed; use fewer or less deeply \
-             nested comprehensions"
-        )),
-        _ => Ok(parsed),
-    }
+    estimate::check(&parsed, callers)?;
+    Ok(parsed)
 }
 
 /// Counts brackets without regard to strings: a rule is never so full of them that this matters.
@@ -471,6 +253,21 @@ mod tests {
         }
     }
 
+    fn pod() -> PodFacts {
+        let labels = |key: &str, value: &str| [(key.to_owned(), value.to_owned())].into();
+        PodFacts {
+            namespace: "production".to_owned(),
+            name: "web-0".to_owned(),
+            uid: "7f5a4c3e".to_owned(),
+            service_account: "web".to_owned(),
+            node: "node1".to_owned(),
+            labels: labels("app", "web"),
+            namespace_labels: labels("example.org/team", "a"),
+            ips: vec!["10.0.0.7".parse().unwrap()],
+            services: ["web".to_owned(), "web-api".to_owned()].into(),
+        }
+    }
+
     fn terms() -> Terms {
         let dns = ["a.example.org", "b.example.org"].map(|name| crate::x509::DnsName::parse(name).unwrap()).to_vec();
         let uris = vec!["spiffe://example.org/web".to_owned()];
@@ -485,7 +282,8 @@ mod tests {
     }
 
     fn check(expression: &str, expected: Result<(), &str>) {
-        let rule = Rule::compile(expression, "the message").unwrap_or_else(|error| panic!("{expression}: {error}"));
+        let rule = Rule::compile(expression, "the message", Callers::Processes)
+            .unwrap_or_else(|error| panic!("{expression}: {error}"));
         let verdict = rule.check(&Variables::new(&Facts::Process(facts()), &terms()).unwrap());
         match expected {
             Ok(()) => assert_eq!(verdict, Ok(()), "{expression}"),
@@ -494,7 +292,7 @@ mod tests {
     }
 
     fn refused(expression: &str, words: &str) {
-        let error = Rule::compile(expression, "m").expect_err(expression);
+        let error = Rule::compile(expression, "m", Callers::Processes).expect_err(expression);
         assert!(error.contains(words), "{expression}: {error}");
     }
 
@@ -524,6 +322,88 @@ mod tests {
         ] {
             check(expression, Ok(()));
         }
+    }
+
+    #[test]
+    fn rules_see_the_facts_of_a_pod() {
+        for (expression, expected) in [
+            ("workload.kubernetes.namespace == 'production' && workload.kubernetes.pod == 'web-0'", Ok(())),
+            ("workload.kubernetes.podUid == '7f5a4c3e' && workload.kubernetes.node == 'node1'", Ok(())),
+            ("workload.kubernetes.serviceAccount == 'web'", Ok(())),
+            ("workload.kubernetes.labels.app == 'web' && workload.kubernetes.labels['app'] == 'web'", Ok(())),
+            ("has(workload.kubernetes.labels.app) && !has(workload.kubernetes.labels.team)", Ok(())),
+            ("'app' in workload.kubernetes.labels", Ok(())),
+            ("workload.kubernetes.labels.exists(key, key == 'app')", Ok(())),
+            ("workload.kubernetes.namespaceLabels['example.org/team'] == 'a'", Ok(())),
+            ("workload.kubernetes.podIPs == ['10.0.0.7'] && request.ipAddresses == ['10.0.0.1']", Ok(())),
+            ("'web-api' in workload.kubernetes.services && size(workload.kubernetes.services) == 2", Ok(())),
+            ("workload.kubernetes.services.all(s, s.startsWith('web'))", Ok(())),
+            ("workload.kubernetes.labels.team == 'a'", Err("cannot be evaluated: No such key: team")),
+        ] {
+            let rule =
+                Rule::compile(expression, "m", Callers::Pods).unwrap_or_else(|why| panic!("{expression}: {why}"));
+            let verdict = rule.check(&Variables::new(&Facts::Pod(pod()), &terms()).unwrap());
+            match expected {
+                Ok(()) => assert_eq!(verdict, Ok(()), "{expression}"),
+                Err(words) => assert!(verdict.as_ref().unwrap_err().contains(words), "{expression}: {verdict:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn rules_about_pods_know_no_facts_of_processes_and_the_other_way_round() {
+        let refused = |expression: &str, callers, words: &str| {
+            let error = Rule::compile(expression, "m", callers).expect_err(expression);
+            assert!(error.contains(words), "{error}");
+        };
+        refused("workload.unix.uid == 0", Callers::Pods, "workload has no field \"unix\"; it has kubernetes");
+        refused(
+            "workload.kubernetes.pod == ''",
+            Callers::Processes,
+            "workload has no field \"kubernetes\"; it has unix",
+        );
+        let words = "workload.kubernetes has no field \"name\"; it has namespace, pod, podUid";
+        refused("workload.kubernetes.name == ''", Callers::Pods, words);
+    }
+
+    #[test]
+    fn what_a_pod_has_counts_in_the_estimate() {
+        let of = |expression: &str| Rule::compile(expression, "m", Callers::Pods).map(drop);
+        let nested = |of: &str| format!("{of}.all(a, {of}.all(b, a == b))");
+        assert_eq!(of("workload.kubernetes.labels.all(a, workload.kubernetes.podIPs.all(b, a != b))"), Ok(()));
+        for field in ["labels", "namespaceLabels"] {
+            let error = of(&nested(&format!("workload.kubernetes.{field}"))).unwrap_err();
+            assert!(error.contains("steps on the largest request"), "{error}");
+        }
+        assert_eq!(of(&nested("workload.kubernetes.services")), Ok(()));
+    }
+
+    #[test]
+    fn a_pod_outside_the_bounds_of_the_estimate_is_refused() {
+        let many = |n: usize| (0..n).map(|i| (format!("l{i}"), String::new())).collect::<BTreeMap<_, _>>();
+        let why = |pod: PodFacts| Variables::new(&Facts::Pod(pod), &terms()).err();
+        let text = |n: usize| "a".repeat(n);
+        assert_eq!(
+            why(PodFacts { labels: many(MAX_RULE_LABELS), namespace_labels: many(MAX_RULE_LABELS), ..pod() }),
+            None
+        );
+        assert_eq!(
+            why(PodFacts { labels: many(MAX_RULE_LABELS + 1), ..pod() }).unwrap(),
+            "rules take at most 128 entries in kubernetes.labels, the caller has 129"
+        );
+        assert!(why(PodFacts { namespace_labels: many(MAX_RULE_LABELS + 1), ..pod() }).is_some());
+        let services = |n: usize| (0..n).map(|i| format!("s{i}")).collect();
+        assert_eq!(why(PodFacts { services: services(MAX_SERVICES), ..pod() }), None);
+        assert!(why(PodFacts { services: services(MAX_SERVICES + 1), ..pod() }).is_some());
+        let ips = |n: usize| vec![std::net::IpAddr::from([10, 0, 0, 1]); n];
+        assert_eq!(why(PodFacts { ips: ips(MAX_POD_IPS), ..pod() }), None);
+        assert!(why(PodFacts { ips: ips(MAX_POD_IPS + 1), ..pod() }).is_some());
+        assert_eq!(why(PodFacts { name: text(MAX_NAME_BYTES), ..pod() }), None);
+        assert!(why(PodFacts { name: text(MAX_NAME_BYTES + 1), ..pod() }).is_some());
+        let label = |key: usize, value: usize| [(text(key), text(value))].into();
+        assert_eq!(why(PodFacts { labels: label(MAX_LABEL_KEY_BYTES, MAX_LABEL_BYTES), ..pod() }), None);
+        assert!(why(PodFacts { labels: label(MAX_LABEL_KEY_BYTES + 1, 0), ..pod() }).is_some());
+        assert!(why(PodFacts { labels: label(1, MAX_LABEL_BYTES + 1), ..pod() }).is_some());
     }
 
     #[test]
@@ -617,7 +497,7 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn no_text_breaks_the_compiler(text in "\\PC{0,64}") {
-            let _ = Rule::compile(&text, "m");
+            let _ = Rule::compile(&text, "m", Callers::Processes);
         }
 
         #[test]
@@ -632,7 +512,7 @@ mod tests {
                 0..16,
             ),
         ) {
-            if let Ok(rule) = Rule::compile(&tokens.concat(), "m") {
+            if let Ok(rule) = Rule::compile(&tokens.concat(), "m", Callers::Processes) {
                 let _ = rule.check(&Variables::new(&Facts::Process(facts()), &terms()).unwrap());
             }
         }

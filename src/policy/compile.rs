@@ -4,19 +4,22 @@
 //! that no name can equal, a rule that may run long, a signer that refuses workloads. All problems of a set are
 //! reported together, with their lines.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::collections::BTreeMap;
 
-use ipnet::IpNet;
 use serde_saphyr::Spanned;
 
 use super::{
     MAX_NAME_BYTES, MAX_POLICIES, MAX_PROBLEMS, Source,
+    address::Addresses,
     cel::Rule,
     document::{self, API_VERSION, Document, KIND, List, Problem},
-    lifetime, shown,
-    template::{Glob, Kind, Pattern},
+    fact::{Callers, Fact},
+    is_object_name, lifetime, shown,
+    signers::Signer,
+    template::{Kind, Pattern},
+    whom::Whom,
 };
-use crate::x509::{KeyAlgorithm, Usage, Usages, name::parse_ip};
+use crate::x509::{KeyAlgorithm, Usage, Usages};
 
 /// Entries in one list of a policy.
 pub const MAX_ENTRIES: usize = 64;
@@ -28,25 +31,6 @@ pub const MAX_OFFERS: usize = 16;
 pub const MAX_HINT_BYTES: usize = 1024;
 /// Characters in a rule's message.
 pub const MAX_MESSAGE_CHARS: usize = 256;
-/// The signer of a policy that names none.
-pub const DEFAULT_SIGNER: &str = "embedded";
-/// Bytes in a signer's name: a DNS subdomain, a slash and a path of the same size.
-pub const MAX_SIGNER_BYTES: usize = 2 * MAX_NAME_BYTES + 1;
-
-/// Signers that no workload certificate can come from, with the reason.
-const REFUSED_SIGNERS: [(&str, &str); 2] = [
-    (
-        "kubernetes.io/kubelet-serving",
-        "it signs only for kubelets: organization system:nodes, a common name that begins with system:node:, server auth \
-         alone and no URI; a workload certificate from it would fail or claim to be a node. Use a signer of your own, for \
-         example csrd.dev/workload",
-    ),
-    (
-        "kubernetes.io/legacy-unknown",
-        "certificates.k8s.io/v1 refuses every request addressed to it. Use a signer of your own, for example \
-         csrd.dev/workload",
-    ),
-];
 
 /// Keys that a policy allows when it names none. RSA must be named: making such a key costs the host thousands of times
 /// the CPU of an elliptic one.
@@ -56,22 +40,11 @@ const DEFAULT_KEYS: [KeyAlgorithm; 3] = [KeyAlgorithm::EcdsaP256, KeyAlgorithm::
 #[derive(Debug)]
 pub(super) struct Policy {
     pub(super) name: String,
-    pub(super) unix: UnixMatch,
-    pub(super) signer: String,
+    pub(super) whom: Whom,
+    pub(super) signer: Signer,
     pub(super) allow: Allow,
     pub(super) rules: Vec<Rule>,
     pub(super) offers: Vec<Offer>,
-}
-
-/// Whom it matches; every clause that is present must hold.
-#[derive(Debug)]
-pub(super) struct UnixMatch {
-    pub(super) uids: Option<Vec<u32>>,
-    pub(super) users: Option<Vec<String>>,
-    pub(super) gids: Option<Vec<u32>>,
-    pub(super) executables: Option<Vec<Glob>>,
-    pub(super) executable_sha256: Option<Vec<String>>,
-    pub(super) systemd_units: Option<Vec<Glob>>,
 }
 
 /// What may be asked.
@@ -81,7 +54,7 @@ pub(super) struct Allow {
     pub(super) organizations: Vec<Pattern>,
     pub(super) dns_names: Vec<Pattern>,
     pub(super) wildcard_dns_names: Vec<Pattern>,
-    pub(super) ip_addresses: Vec<IpNet>,
+    pub(super) ip_addresses: Vec<Addresses>,
     pub(super) uris: Vec<Pattern>,
     pub(super) usages: Usages,
     pub(super) keys: Vec<KeyAlgorithm>,
@@ -97,15 +70,16 @@ pub(super) struct Offer {
 }
 
 /// Checks all sources; one problem anywhere and there is no set.
-pub(super) fn compile(sources: &[Source]) -> Result<Vec<Policy>, Vec<Problem>> {
+pub(super) fn compile(sources: &[Source], default_signer: &str) -> Result<Vec<Policy>, Vec<Problem>> {
     let mut policies: BTreeMap<String, (String, Policy)> = BTreeMap::new();
     let mut problems = Vec::new();
     for source in sources {
         let before = problems.len();
         let (documents, unread) = document::read(source);
         problems.extend(unread);
-        let mut check = Check { file: &source.origin, problems: &mut problems };
         for document in &documents {
+            let callers = document.spec.r#match.value.callers();
+            let mut check = Check { file: &source.origin, default_signer, callers, problems: &mut problems };
             let policy = check.policy(document);
             let name = &document.metadata.name;
             if let Some((other, _)) = policies.get(&name.value) {
@@ -126,23 +100,26 @@ pub(super) fn compile(sources: &[Source]) -> Result<Vec<Policy>, Vec<Problem>> {
     }
 }
 
-struct Check<'a> {
+/// One document under examination.
+pub(super) struct Check<'a> {
     file: &'a str,
+    default_signer: &'a str,
+    callers: Callers,
     problems: &'a mut Vec<Problem>,
 }
 
 impl Check<'_> {
-    fn problem<T>(&mut self, at: &Spanned<T>, field: &str, message: impl Into<String>) {
+    pub(super) fn problem<T>(&mut self, at: &Spanned<T>, field: &str, message: impl Into<String>) {
         let (file, field) = (self.file.to_owned(), field.to_owned());
         self.problems.push(Problem { file, line: at.referenced.line(), field, message: message.into() });
     }
 
-    fn text<T, U>(&mut self, at: &Spanned<T>, field: &str, parsed: Result<U, String>) -> Option<U> {
+    pub(super) fn text<T, U>(&mut self, at: &Spanned<T>, field: &str, parsed: Result<U, String>) -> Option<U> {
         parsed.map_err(|message| self.problem(at, field, message)).ok()
     }
 
     /// Parses each entry; reports what does not parse, and a list over its bound.
-    fn list<T, U>(
+    pub(super) fn list<T, U>(
         &mut self,
         list: &List<T>,
         field: &str,
@@ -162,7 +139,14 @@ impl Check<'_> {
 
     fn patterns(&mut self, list: &List<String>, field: &str, kind: Kind) -> Vec<Pattern> {
         self.list(list, field, MAX_ENTRIES, |check, entry, field| {
-            check.text(entry, field, Pattern::parse(kind, &entry.value))
+            check.text(entry, field, Pattern::parse(kind, check.callers, &entry.value))
+        })
+    }
+
+    fn subjects(&mut self, list: &List<String>, field: &str, signer: &Signer) -> Vec<Pattern> {
+        self.list(list, field, MAX_ENTRIES, |check, entry, field| {
+            let pattern = Pattern::parse(Kind::Subject, check.callers, &entry.value);
+            check.text(entry, field, pattern.and_then(|pattern| signer.check_subject(&pattern).map(|()| pattern)))
         })
     }
 
@@ -175,82 +159,31 @@ impl Check<'_> {
             self.problem(&document.kind, "kind", format!("it must be {KIND}"));
         }
         let name = &document.metadata.name;
-        self.text(name, "metadata.name", check_name(&name.value));
+        if !is_object_name(&name.value) {
+            let message = format!("it must have 1 to {MAX_NAME_BYTES} bytes of a-z, 0-9, '-' and '.'");
+            self.problem(name, "metadata.name", message);
+        }
         let spec = &document.spec;
-        let unix = self.unix_match(&spec.r#match);
+        let whom = self.whom(&spec.r#match);
         let signer = match &spec.signer {
-            Some(signer) => self.text(signer, "spec.signer", check_signer(&signer.value)),
-            None => Some(DEFAULT_SIGNER.to_owned()),
+            Some(signer) => self.text(signer, "spec.signer", Signer::parse(&signer.value)),
+            None => Signer::parse(self.default_signer).ok(),
         };
-        let allow = self.allow(&spec.allow);
+        // With a signer that is refused, the rest is checked as for one that takes anything.
+        let allow = self.allow(&spec.allow, signer.as_ref().unwrap_or(&Signer::embedded()));
         let rules = self.list(&spec.rules, "spec.rules", MAX_RULES, Self::rule);
         let offers = self.list(&spec.offer, "spec.offer", MAX_OFFERS, Self::offer);
         self.unique_hints(&spec.offer);
         if self.problems.len() > before {
             return None;
         }
-        Some(Policy { name: name.value.clone(), unix: unix?, signer: signer?, allow: allow?, rules, offers })
+        Some(Policy { name: name.value.clone(), whom: whom?, signer: signer?, allow: allow?, rules, offers })
     }
 
-    fn unix_match(&mut self, r#match: &Spanned<document::Match>) -> Option<UnixMatch> {
-        let Some(unix) = &r#match.value.unix else {
-            self.problem(r#match, "spec.match", "it is empty and would match nobody; name a unix section");
-            return None;
-        };
-        let field = "spec.match.unix";
-        let clauses = &unix.value;
-        let lists = [
-            ("uids", clauses.uids.as_ref().map(Vec::len)),
-            ("users", clauses.users.as_ref().map(Vec::len)),
-            ("gids", clauses.gids.as_ref().map(Vec::len)),
-            ("systemdUnits", clauses.systemd_units.as_ref().map(Vec::len)),
-            ("executables", clauses.executables.as_ref().map(Vec::len)),
-            ("executableSha256", clauses.executable_sha256.as_ref().map(Vec::len)),
-        ];
-        for (name, _) in lists.iter().filter(|(_, len)| *len == Some(0)) {
-            self.problem(unix, &format!("{field}.{name}"), "an empty list matches nobody; leave it out");
-        }
-        // Any user can run any program that it may read, preload code into it, and give it any path in a mount namespace
-        // of its own. So the executable narrows an identity and never is one.
-        if lists[..4].iter().all(|(_, len)| len.is_none()) {
-            let message = "it needs uids, users, gids or systemdUnits; an executable alone proves nothing, because every \
-                           user can run it";
-            self.problem(unix, field, message);
-        }
-        let strings = |check: &mut Self, list: &List<String>, name: &str, parse: fn(&str) -> Result<String, String>| {
-            list.as_ref()?;
-            let field = format!("{field}.{name}");
-            Some(check.list(list, &field, MAX_ENTRIES, |check, at, field| check.text(at, field, parse(&at.value))))
-        };
-        let users = strings(self, &clauses.users, "users", check_user);
-        let executable_sha256 = strings(self, &clauses.executable_sha256, "executableSha256", check_sha256);
-        let numbers = |check: &mut Self, list: &List<u32>, name: &str| {
-            list.as_ref()?;
-            Some(check.list(list, &format!("{field}.{name}"), MAX_ENTRIES, |_, at, _| Some(at.value)))
-        };
-        let globs = |check: &mut Self, list: &List<String>, name: &str, parse: fn(&str) -> Result<Glob, String>| {
-            list.as_ref()?;
-            let field = format!("{field}.{name}");
-            Some(check.list(list, &field, MAX_ENTRIES, |check, at, field| check.text(at, field, parse(&at.value))))
-        };
-        Some(UnixMatch {
-            uids: numbers(self, &clauses.uids, "uids"),
-            users,
-            gids: numbers(self, &clauses.gids, "gids"),
-            executables: globs(self, &clauses.executables, "executables", parse_executable),
-            executable_sha256,
-            systemd_units: globs(self, &clauses.systemd_units, "systemdUnits", parse_unit),
-        })
-    }
-
-    fn allow(&mut self, allow: &document::Allow) -> Option<Allow> {
+    fn allow(&mut self, allow: &document::Allow, signer: &Signer) -> Option<Allow> {
         let field = |name: &str| format!("spec.allow.{name}");
         let ip_addresses = self.list(&allow.ip_addresses, &field("ipAddresses"), MAX_ENTRIES, |check, at, field| {
-            check.text(at, field, parse_network(&at.value))
-        });
-        let usages = self.list(&allow.usages, &field("usages"), MAX_ENTRIES, |check, at, field| {
-            let known = || Usage::ALL.map(Usage::name).join(", ");
-            check.text(at, field, Usage::from_name(&at.value).ok_or_else(|| format!("it must be one of {}", known())))
+            check.text(at, field, Addresses::parse(&at.value, check.callers))
         });
         let keys = self.list(&allow.keys, &field("keys"), MAX_ENTRIES, |check, at, field| {
             let known = || KeyAlgorithm::ALL.map(KeyAlgorithm::name).join(", ");
@@ -258,36 +191,53 @@ impl Check<'_> {
             check.text(at, field, key)
         });
         Some(Allow {
-            common_names: self.patterns(&allow.common_names, &field("commonNames"), Kind::Subject),
-            organizations: self.patterns(&allow.organizations, &field("organizations"), Kind::Subject),
+            common_names: self.subjects(&allow.common_names, &field("commonNames"), signer),
+            organizations: self.subjects(&allow.organizations, &field("organizations"), signer),
             dns_names: self.patterns(&allow.dns_names, &field("dnsNames"), Kind::Dns),
             wildcard_dns_names: self.patterns(&allow.wildcard_dns_names, &field("wildcardDnsNames"), Kind::WildcardDns),
             ip_addresses,
             uris: self.patterns(&allow.uris, &field("uris"), Kind::Uri),
-            // An empty list allows none; only an absent one means the default.
-            usages: if allow.usages.is_some() { usages.into_iter().collect() } else { Usages::DEFAULT },
+            usages: self.usages(&allow.usages, signer),
             keys: if allow.keys.is_some() { keys } else { DEFAULT_KEYS.to_vec() },
-            lifetime: self.lifetime(&allow.lifetime)?,
+            lifetime: self.lifetime(&allow.lifetime, signer)?,
         })
     }
 
-    fn lifetime(&mut self, lifetime: &Option<document::Lifetime>) -> Option<lifetime::Range> {
-        let Some(given) = lifetime else {
-            return self.range_of([(None, "min"), (None, "default"), (None, "max")]);
-        };
-        self.range_of([(given.min.as_ref(), "min"), (given.default.as_ref(), "default"), (given.max.as_ref(), "max")])
+    /// An empty list allows none; only an absent one means the default.
+    fn usages(&mut self, list: &List<String>, signer: &Signer) -> Usages {
+        let field = "spec.allow.usages";
+        let usages: Usages = self
+            .list(list, field, MAX_ENTRIES, |check, at, field| {
+                let known = || Usage::ALL.map(Usage::name).join(", ");
+                let usage = Usage::from_name(&at.value).ok_or_else(|| format!("it must be one of {}", known()));
+                check.text(at, field, usage)
+            })
+            .into_iter()
+            .collect();
+        match list.as_ref().map(|list| list.first()) {
+            None => signer.default_usages(),
+            Some(None) => usages,
+            Some(Some(first)) => {
+                self.text(first, field, signer.check_usages(usages));
+                usages
+            }
+        }
     }
 
-    fn range_of(&mut self, given: [(Option<&Spanned<String>>, &str); 3]) -> Option<lifetime::Range> {
+    fn lifetime(&mut self, lifetime: &Option<document::Lifetime>, signer: &Signer) -> Option<lifetime::Range> {
+        let (min, default, max) = lifetime
+            .as_ref()
+            .map_or((None, None, None), |given| (given.min.as_ref(), given.default.as_ref(), given.max.as_ref()));
+        let given = [(min, "min"), (default, "default"), (max, "max")];
         let mut parsed = [None; 3];
         for ((at, name), parsed) in given.iter().zip(&mut parsed) {
             if let Some(at) = at {
                 let field = format!("spec.allow.lifetime.{name}");
-                *parsed = Some(self.text(at, &field, lifetime::parse(&at.value, lifetime::LIFETIMES))?);
+                *parsed = Some(self.text(at, &field, signer.parse_lifetime(&at.value))?);
             }
         }
         let [min, default, max] = parsed;
-        match lifetime::Range::new(min, default, max) {
+        match lifetime::Range::new(signer.min_lifetime(), min, default, max) {
             Ok(range) => Some(range),
             Err((name, message)) => {
                 let at = given.iter().find_map(|(at, given)| at.filter(|_| *given == name));
@@ -305,7 +255,7 @@ impl Check<'_> {
             let wanted = format!("it must have 1 to {MAX_MESSAGE_CHARS} printable characters");
             self.problem(message, &format!("{field}.message"), wanted);
         }
-        let rule = Rule::compile(&expression.value, &message.value);
+        let rule = Rule::compile(&expression.value, &message.value, self.callers);
         self.text(expression, &format!("{field}.expression"), rule)
     }
 
@@ -318,13 +268,14 @@ impl Check<'_> {
                 None
             }
             Some(id) => {
-                Some(self.text(id, &spiffe_field, Pattern::parse(Kind::Uri, &id.value).and_then(no_wildcard))?)
+                let pattern = Pattern::parse(Kind::Uri, self.callers, &id.value).and_then(no_wildcard);
+                Some(self.text(id, &spiffe_field, pattern.and_then(one_name))?)
             }
             None => None,
         };
         let dns_field = format!("{field}.dnsNames");
         let dns_names = self.list(&offer.dns_names, &dns_field, MAX_ENTRIES - 1, |check, at, field| {
-            check.text(at, field, Pattern::parse(Kind::Dns, &at.value).and_then(no_wildcard))
+            check.text(at, field, Pattern::parse(Kind::Dns, check.callers, &at.value).and_then(no_wildcard))
         });
         if offer.spiffe_id.is_none() && offer.dns_names.as_ref().is_none_or(Vec::is_empty) {
             self.problem(at, field, "it names nothing; it needs spiffeId or dnsNames");
@@ -351,77 +302,6 @@ impl Check<'_> {
     }
 }
 
-/// An RFC 1123 subdomain, as Kubernetes demands of object names.
-fn check_name(name: &str) -> Result<(), String> {
-    let labels = name.split('.').all(|label| {
-        !label.is_empty()
-            && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
-            && !label.starts_with('-')
-            && !label.ends_with('-')
-    });
-    match labels && name.len() <= MAX_NAME_BYTES {
-        true => Ok(()),
-        false => Err(format!("it must have 1 to {MAX_NAME_BYTES} bytes of a-z, 0-9, '-' and '.'")),
-    }
-}
-
-fn check_signer(name: &str) -> Result<String, String> {
-    if let Some((_, reason)) = REFUSED_SIGNERS.iter().find(|(refused, _)| *refused == name) {
-        return Err(format!("{name} is refused: {reason}"));
-    }
-    let allowed = |b: u8| b.is_ascii_alphanumeric() || b"-._/".contains(&b);
-    match !name.is_empty() && name.len() <= MAX_SIGNER_BYTES && name.bytes().all(allowed) {
-        true => Ok(name.to_owned()),
-        false => Err("it must be embedded, or a signer name such as csrd.dev/workload".to_owned()),
-    }
-}
-
-/// The bounds of useradd(8): what a user database may hold is matched exactly, so only the size matters.
-fn check_user(name: &str) -> Result<String, String> {
-    const MAX_USER_BYTES: usize = 256;
-    match !name.is_empty() && name.len() <= MAX_USER_BYTES && !name.contains(char::is_control) {
-        true => Ok(name.to_owned()),
-        false => Err(format!("it must have 1 to {MAX_USER_BYTES} bytes, all printable")),
-    }
-}
-
-fn check_sha256(text: &str) -> Result<String, String> {
-    match text.len() == 64 && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)) {
-        true => Ok(text.to_owned()),
-        false => Err("it must be 64 lower-case hexadecimal digits, as sha256sum prints them".to_owned()),
-    }
-}
-
-fn parse_executable(text: &str) -> Result<Glob, String> {
-    let odd = |segment: &str| segment.is_empty() || segment == "." || segment == "..";
-    match text.strip_prefix('/').is_some_and(|path| !path.split('/').any(odd)) {
-        true => Glob::parse(text),
-        false => Err("it must be an absolute path without empty, '.' or '..' segments".to_owned()),
-    }
-}
-
-fn parse_unit(text: &str) -> Result<Glob, String> {
-    match text.contains('/') || text == "*" {
-        true => Err("it must be a unit name such as web.service or web@*.service".to_owned()),
-        false => Glob::parse(text),
-    }
-}
-
-fn parse_network(text: &str) -> Result<IpNet, String> {
-    let network = match text.contains('/') {
-        true => text.parse().ok(),
-        false => parse_ip(text).map(IpNet::from).ok(),
-    };
-    let network = network.ok_or("it must be a network such as 10.0.0.0/8 or an address")?;
-    if network.addr() != network.network() {
-        return Err(format!("it has host bits set; write {}", network.trunc()));
-    }
-    match network.addr() {
-        IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some() => Err("write IPv4 addresses as IPv4".to_owned()),
-        _ => Ok(network),
-    }
-}
-
 fn no_wildcard(pattern: Pattern) -> Result<Pattern, String> {
     match pattern.has_wildcard() {
         true => Err("an offer must say the whole name: no '*'".to_owned()),
@@ -429,13 +309,21 @@ fn no_wildcard(pattern: Pattern) -> Result<Pattern, String> {
     }
 }
 
+fn one_name(pattern: Pattern) -> Result<Pattern, String> {
+    match pattern.uses(Fact::Service) {
+        true => Err(format!("{{{}}} can be several, and a certificate has one SPIFFE ID", Fact::Service.name())),
+        false => Ok(pattern),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::policy::signers::EMBEDDED;
 
     fn problems(text: &str) -> Vec<String> {
         let source = Source { origin: "p.yaml".to_owned(), text: text.to_owned() };
-        compile(&[source]).map(drop).err().unwrap_or_default().iter().map(ToString::to_string).collect()
+        compile(&[source], EMBEDDED).map(drop).err().unwrap_or_default().iter().map(ToString::to_string).collect()
     }
 
     /// A good policy whose lines from 6 on are `spec`, indented by two spaces.
@@ -447,10 +335,6 @@ mod tests {
 
     fn check(spec: &str, expected: &[&str]) {
         assert_eq!(problems(&document(spec)), expected, "{spec}");
-    }
-
-    fn check_match(clauses: &str, expected: &[&str]) {
-        assert_eq!(problems(&document("").replace("{unix: {uids: [1]}}", clauses)), expected, "{clauses}");
     }
 
     #[test]
@@ -467,7 +351,7 @@ mod tests {
     uris: ['spiffe://example.org/{unix.user}']
     usages: [digital signature]
     keys: [rsa-4096]
-    lifetime: {min: 1s, default: 2s, max: 8784h}
+    lifetime: {min: 10m, default: 20m, max: 8784h}
   rules:
   - {expression: 'true', message: always}
   offer:
@@ -519,61 +403,6 @@ mod tests {
     }
 
     #[test]
-    fn a_match_that_would_match_nobody_or_everybody_is_refused() {
-        let field = "p.yaml:5: spec.match";
-        check_match("{}", &[&format!("{field}: it is empty and would match nobody; name a unix section")]);
-        let anybody = format!(
-            "{field}.unix: it needs uids, users, gids or systemdUnits; an executable alone proves nothing, because every \
-             user can run it"
-        );
-        check_match("{unix: {}}", &[&anybody]);
-        check_match("{unix: {executables: [/bin/web]}}", &[&anybody]);
-        let empty = |name: &str| format!("{field}.unix.{name}: an empty list matches nobody; leave it out");
-        check_match("{unix: {uids: []}}", &[&empty("uids")]);
-        check_match("{unix: {uids: [1], executables: []}}", &[&empty("executables")]);
-        check_match("{unix: {users: [a]}}", &[]);
-        check_match("{unix: {gids: [1]}}", &[]);
-        check_match("{unix: {systemdUnits: ['web@*.service']}}", &[]);
-    }
-
-    #[test]
-    fn clauses_of_a_match_are_checked() {
-        for (clause, words) in [
-            ("users: ['']", "users[0]: it must have 1 to 256 bytes"),
-            ("executables: [web]", "executables[0]: it must be an absolute path"),
-            ("executables: [/a/../b]", "executables[0]: it must be an absolute path"),
-            ("executables: [/a/]", "executables[0]: it must be an absolute path"),
-            ("executables: ['/a/*b*']", "executables[0]: at most one '*' between two slashes"),
-            ("executables: ['/a/{unix.user}']", "executables[0]: no {fact} slots here"),
-            ("executableSha256: [abc]", "executableSha256[0]: it must be 64 lower-case hexadecimal digits"),
-            ("systemdUnits: ['*']", "systemdUnits[0]: it must be a unit name"),
-            ("systemdUnits: [a/b]", "systemdUnits[0]: it must be a unit name"),
-        ] {
-            let found = problems(&document("").replace("uids: [1]", &format!("uids: [1], {clause}")));
-            assert!(found.len() == 1 && found[0].contains(words), "{clause}: {found:?}");
-        }
-        let upper = format!("uids: [1], executableSha256: [{}]", "A".repeat(64));
-        assert_eq!(problems(&document("").replace("uids: [1]", &upper)).len(), 1);
-    }
-
-    #[test]
-    fn signers_that_refuse_workloads_are_refused_with_the_reason() {
-        for (signer, words) in [
-            ("kubernetes.io/kubelet-serving", "is refused: it signs only for kubelets"),
-            ("kubernetes.io/legacy-unknown", "is refused: certificates.k8s.io/v1 refuses every request"),
-            ("''", "it must be embedded, or a signer name"),
-            ("'a b'", "it must be embedded, or a signer name"),
-        ] {
-            let found = problems(&document(&format!("  signer: {signer}")));
-            assert!(found[0].starts_with("p.yaml:6: spec.signer: ") && found[0].contains(words), "{found:?}");
-        }
-        check("  signer: kubernetes.io/kube-apiserver-client", &[]);
-        let signer = |bytes: usize| format!("  signer: {}", "a".repeat(bytes));
-        check(&signer(MAX_SIGNER_BYTES), &[]);
-        assert_eq!(problems(&document(&signer(MAX_SIGNER_BYTES + 1))).len(), 1);
-    }
-
-    #[test]
     fn lists_have_bounds() {
         let refused = |spec: &str, words: &str| {
             let found = problems(&document(spec));
@@ -614,7 +443,10 @@ mod tests {
                 ["p.yaml:3: metadata.name: it must have 1 to 253 bytes of a-z, 0-9, '-' and '.'"]
             );
         }
-        let twice = compile(&["a.yaml", "b.yaml"].map(|origin| Source { origin: origin.to_owned(), text: named("a") }));
+        let twice = compile(
+            &["a.yaml", "b.yaml"].map(|origin| Source { origin: origin.to_owned(), text: named("a") }),
+            EMBEDDED,
+        );
         let twice: Vec<_> = twice.map(drop).unwrap_err().iter().map(ToString::to_string).collect();
         assert_eq!(twice, ["b.yaml:3: metadata.name: \"a\" is also the name of a policy in a.yaml"]);
     }
@@ -624,7 +456,7 @@ mod tests {
         let many = |n: usize, text: &str| {
             let text = |i| text.replace("name: web", &format!("name: p{i}"));
             let sources: Vec<_> = (0..n).map(|i| Source { origin: format!("{i}.yaml"), text: text(i) }).collect();
-            compile(&sources).map(|policies| policies.len()).map_err(|problems| problems.len())
+            compile(&sources, EMBEDDED).map(|policies| policies.len()).map_err(|problems| problems.len())
         };
         assert_eq!(many(MAX_POLICIES, &document("")), Ok(MAX_POLICIES));
         assert_eq!(many(MAX_POLICIES + 1, &document("")), Err(1));
@@ -646,26 +478,5 @@ mod tests {
             let found = problems(&document(&format!("  offer: [{offer}]")));
             assert!(found.len() == 1 && found[0].contains(words), "{offer}: {found:?}");
         }
-    }
-
-    #[test]
-    fn networks_are_written_as_networks() {
-        for (text, expected) in [
-            ("10.0.0.0/8", Ok("10.0.0.0/8")),
-            ("10.0.0.1", Ok("10.0.0.1/32")),
-            ("2001:db8::/32", Ok("2001:db8::/32")),
-            ("0.0.0.0/0", Ok("0.0.0.0/0")),
-            ("10.0.0.1/8", Err("it has host bits set; write 10.0.0.0/8")),
-            ("::ffff:10.0.0.0/104", Err("write IPv4 addresses as IPv4")),
-            ("10.0.0.0/33", Err("it must be a network such as 10.0.0.0/8 or an address")),
-            ("10.0.0/8", Err("it must be a network such as 10.0.0.0/8 or an address")),
-        ] {
-            assert_eq!(
-                parse_network(text).map(|network| network.to_string()).as_deref().map_err(String::as_str),
-                expected
-            );
-        }
-        assert!(parse_network("::ffff:10.0.0.1").is_err());
-        assert!(parse_network("ten").is_err());
     }
 }

@@ -4,7 +4,7 @@
 //! text: size, nesting, aliases and documents are bounded. Says nothing about meaning; `compile` judges that. The shape
 //! is a structural one (no untyped values), so that it can become a Kubernetes CRD as it is.
 
-use std::fmt;
+use std::{collections::BTreeMap, fmt};
 
 use serde::Deserialize;
 use serde_saphyr::{Options, Spanned, options::MergeKeyPolicy};
@@ -15,7 +15,7 @@ use super::clipped;
 pub const MAX_SOURCE_BYTES: usize = 1 << 20;
 /// Documents in one policy file.
 pub const MAX_DOCUMENTS: usize = 256;
-/// Mappings and lists inside each other; the document's own shape needs 6.
+/// Mappings and lists inside each other; the document's own shape needs 8.
 const MAX_DEPTH: usize = 16;
 /// YAML events that aliases may replay in one file.
 const MAX_REPLAYED_EVENTS: usize = 10_000;
@@ -26,6 +26,8 @@ const MAX_SYNTAX_CHARS: usize = 300;
 pub const API_VERSION: &str = "csrd.dev/v1alpha1";
 /// The `kind` of a policy.
 pub const KIND: &str = "CertificatePolicy";
+/// The name of policies in paths of the Kubernetes API.
+pub const PLURAL: &str = "certificatepolicies";
 
 /// Policy text with the name by which problems in it are reported, usually a file path.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,11 +94,12 @@ pub(super) struct Spec {
     pub(super) offer: List<Offer>,
 }
 
-/// One optional section for each kind of workload; a workload of a kind that is absent does not match.
+/// One section for each kind of workload, of which a policy has exactly one.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub(super) struct Match {
     pub(super) unix: Option<Spanned<UnixMatch>>,
+    pub(super) kubernetes: Option<Spanned<KubernetesMatch>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -108,6 +111,31 @@ pub(super) struct UnixMatch {
     pub(super) executables: List<String>,
     pub(super) executable_sha256: List<String>,
     pub(super) systemd_units: List<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct KubernetesMatch {
+    pub(super) namespaces: List<String>,
+    pub(super) namespace_selector: Option<Selector>,
+    pub(super) pod_selector: Option<Selector>,
+    pub(super) service_accounts: List<String>,
+}
+
+/// A Kubernetes `LabelSelector`; an empty one selects everything.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Selector {
+    pub(super) match_labels: Option<Spanned<BTreeMap<String, Spanned<String>>>>,
+    pub(super) match_expressions: List<Requirement>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Requirement {
+    pub(super) key: Spanned<String>,
+    pub(super) operator: Spanned<String>,
+    pub(super) values: List<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -292,6 +320,18 @@ spec:
         let (documents, problems) = read_text(&many(MAX_DOCUMENTS));
         assert_eq!((documents.len(), problems), (MAX_DOCUMENTS, Vec::new()));
         refused(&many(MAX_DOCUMENTS + 1), "p.yaml: it has more than 256 documents");
+    }
+
+    #[test]
+    fn what_is_repeated_of_a_file_is_cut_one_past_its_bound() {
+        let message = |chars: usize| {
+            let (_, problems) = read_text(&format!("{}: 1", "k".repeat(chars)));
+            problems[0].message.clone()
+        };
+        let around = message(1).chars().count() - 1;
+        assert_eq!(message(MAX_SYNTAX_CHARS - around).chars().count(), MAX_SYNTAX_CHARS);
+        let cut = message(MAX_SYNTAX_CHARS - around + 1);
+        assert_eq!((cut.chars().count(), cut.chars().last()), (MAX_SYNTAX_CHARS + 1, Some('…')));
     }
 
     #[test]

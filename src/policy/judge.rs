@@ -1,4 +1,4 @@
-//! One policy, one caller, one ask: [`mismatch`] and [`judge`], the comparisons behind every decision.
+//! One policy, one caller, one ask: [`judge`], the comparison behind every decision.
 //!
 //! Invariant: pure and total; what is not allowed is refused, and each refusal is a sentence that names the caller's own
 //! value and fact, never what the policy says about anybody else.
@@ -7,10 +7,12 @@ use std::borrow::Cow;
 
 use super::{
     Ask, MAX_REFUSALS, Reason, Terms,
+    address::Addresses,
     cel::Variables,
-    compile::{Allow, Offer, Policy, UnixMatch},
+    compile::{Allow, Offer, Policy},
+    fact::Fact,
     lifetime, shown,
-    template::{Glob, Pattern, Unfilled},
+    template::{Pattern, Unfilled},
 };
 use crate::{
     attest::Facts,
@@ -22,40 +24,6 @@ use crate::{
 pub(super) struct Refusal {
     pub(super) reason: Reason,
     pub(super) text: String,
-}
-
-/// The first clause of the match section that does not hold for the caller, in words; `None` when all hold.
-pub(super) fn mismatch(unix: &UnixMatch, facts: &Facts) -> Option<String> {
-    let Facts::Process(facts) = facts else {
-        return Some("it matches processes of a host, and the caller is a pod".to_owned());
-    };
-    let number = |list: &Option<Vec<u32>>, value: u32, name: &str, field: &str| {
-        let out = list.as_ref().is_some_and(|list| !list.contains(&value));
-        out.then(|| format!("{name} {value} is not among its {field}"))
-    };
-    let text = |value: &Option<String>, name: &str, field: &str| match value {
-        Some(value) => format!("{name} {} is not among its {field}", shown(value)),
-        None => format!("it asks for {field}, and the caller has no known {name}"),
-    };
-    let exact = |list: &Option<Vec<String>>, value: &Option<String>, name: &str, field: &str| {
-        let out = list.as_ref().is_some_and(|list| !value.as_ref().is_some_and(|value| list.contains(value)));
-        out.then(|| text(value, name, field))
-    };
-    let glob = |list: &Option<Vec<Glob>>, value: &Option<String>, name: &str, field: &str| {
-        let any = |list: &Vec<Glob>| value.as_ref().is_some_and(|value| list.iter().any(|glob| glob.matches(value)));
-        list.as_ref().is_some_and(|list| !any(list)).then(|| text(value, name, field))
-    };
-    let group = || {
-        let member = |gid: &u32| *gid == facts.gid || facts.supplementary_gids.contains(gid);
-        let out = unix.gids.as_ref().is_some_and(|gids| !gids.iter().any(member));
-        out.then(|| format!("neither gid {} nor a supplementary group is among its gids", facts.gid))
-    };
-    number(&unix.uids, facts.uid, "uid", "uids")
-        .or_else(|| exact(&unix.users, &facts.user, "user", "users"))
-        .or_else(group)
-        .or_else(|| glob(&unix.executables, &facts.executable, "executable", "executables"))
-        .or_else(|| exact(&unix.executable_sha256, &facts.executable_sha256, "executable SHA-256", "executableSha256"))
-        .or_else(|| glob(&unix.systemd_units, &facts.systemd_unit, "systemd unit", "systemdUnits"))
 }
 
 /// Judges an ask by a policy that matches the caller: what it gets, or everything that speaks against it.
@@ -72,7 +40,7 @@ pub(super) fn judge(policy: &Policy, facts: &Facts, ask: &Ask) -> Result<Terms, 
             ask.names.clone()
         }
     };
-    refuse_usages(&mut refusals, policy.allow.usages, ask);
+    refuse_usages(&mut refusals, policy, ask);
     if !policy.allow.keys.contains(&ask.key) {
         refusals.add(Reason::KeyNotAllowed, format!("key {} is not among its keys", ask.key));
     }
@@ -85,10 +53,10 @@ pub(super) fn judge(policy: &Policy, facts: &Facts, ask: &Ask) -> Result<Terms, 
         let (asked, min) = (lifetime::print(lifetime), lifetime::print(min));
         refusals.add(Reason::LifetimeNotAllowed, format!("lifetime {asked} is less than its min, {min}"));
     }
-    if let Some(signer) = ask.signer.as_ref().filter(|signer| **signer != policy.signer) {
+    if let Some(signer) = ask.signer.as_ref().filter(|signer| *signer != policy.signer.name()) {
         refusals.add(Reason::SignerNotAllowed, format!("signer {} is not its signer", shown(signer)));
     }
-    let signer = policy.signer.clone();
+    let signer = policy.signer.name().to_owned();
     let terms = Terms { names, usages: ask.usages, key: ask.key, lifetime, signer, policy: policy.name.clone() };
     // Rules come last: they see only what everything else allows, which also bounds what they can be given.
     if refusals.0.is_empty() {
@@ -114,10 +82,15 @@ pub(super) fn ask_of_offer(policy: &Policy, offer: &Offer, facts: &Facts) -> Res
     })
 }
 
-/// The names of an offer, filled in.
+/// The names of an offer, filled in; one name for each Service, where it names them.
 pub(super) fn offer_names(offer: &Offer, facts: &Facts) -> Result<Names, Unfilled> {
-    let dns = offer.dns_names.iter().map(|pattern| pattern.fill(facts)).collect::<Result<Vec<_>, _>>()?;
-    let uris = offer.spiffe_id.iter().map(|pattern| pattern.fill(facts)).collect::<Result<Vec<_>, _>>()?;
+    let fill = |pattern: &Pattern| match pattern.fill(facts) {
+        // None is as good a number of Services as any.
+        Err(Unfilled::Absent(Fact::Service)) => Ok(Vec::new()),
+        filled => filled,
+    };
+    let dns = offer.dns_names.iter().map(fill).collect::<Result<Vec<_>, _>>()?.concat();
+    let uris = offer.spiffe_id.iter().map(fill).collect::<Result<Vec<_>, _>>()?.concat();
     // A filled label is a label, but many of them may be too long together; such a name is nobody's.
     let dns = dns.iter().filter_map(|name| DnsName::parse(name).ok()).collect();
     Ok(Names { dns, uris, ..Names::default() })
@@ -140,15 +113,23 @@ fn first_offer(policy: &Policy, facts: &Facts) -> Result<Names, Refusal> {
         return Err(nothing("it offers nothing unasked; say which names you need".to_owned()));
     };
     let names = offer_names(offer, facts).map_err(|why| nothing(format!("its first offer is void: {why}")))?;
-    match names.is_empty() || names.check().is_err() {
-        true => Err(nothing("its first offer is void: a name is too long".to_owned())),
-        false => Ok(names),
-    }
+    let void = match names.check() {
+        Err(error) => error.to_string(),
+        Ok(()) if !names.is_empty() => return Ok(names),
+        Ok(()) if offer.dns_names.iter().any(|pattern| pattern.uses(Fact::Service)) => {
+            "no Service selects the caller".to_owned()
+        }
+        Ok(()) => "a name is too long".to_owned(),
+    };
+    Err(nothing(format!("its first offer is void: {void}")))
 }
 
 fn refuse_names(refusals: &mut Refusals, policy: &Policy, facts: &Facts, asked: &Names) {
     let Allow { common_names, organizations, dns_names, wildcard_dns_names, ip_addresses, uris, .. } = &policy.allow;
     let offered: Vec<Names> = policy.offers.iter().filter_map(|offer| offer_names(offer, facts).ok()).collect();
+    if let Some(text) = policy.signer.refuse_names(asked) {
+        refusals.add(Reason::NameNotAllowed, text);
+    }
     let mut compare = |field: &str, patterns: &[Pattern], value: &str| {
         if let Err(text) = allowed(field, patterns, value, facts) {
             refusals.add(Reason::NameNotAllowed, text);
@@ -170,8 +151,9 @@ fn refuse_names(refusals: &mut Refusals, policy: &Policy, facts: &Facts, asked: 
         compare("uris", uris, uri);
     }
     for ip in &asked.ips {
-        if !ip_addresses.iter().any(|network| network.contains(ip)) {
-            refusals.add(Reason::NameNotAllowed, format!("ipAddresses: {ip} is in none of its networks"));
+        if !ip_addresses.iter().any(|addresses| addresses.contain(ip, facts)) {
+            let own = if ip_addresses.contains(&Addresses::Pod) { " and is not the pod's own" } else { "" };
+            refusals.add(Reason::NameNotAllowed, format!("ipAddresses: {ip} is in none of its networks{own}"));
         }
     }
 }
@@ -191,13 +173,16 @@ fn allowed(field: &str, patterns: &[Pattern], value: &str, facts: &Facts) -> Res
     Err(format!("{field}: {} is refused, {entries}{}", shown(value), void.unwrap_or_default()))
 }
 
-fn refuse_usages(refusals: &mut Refusals, allowed: Usages, ask: &Ask) {
+fn refuse_usages(refusals: &mut Refusals, policy: &Policy, ask: &Ask) {
     if ask.usages.is_empty() {
         refusals.add(Reason::UsageNotAllowed, "no usage is asked for".to_owned());
     }
-    let extra = ask.usages.minus(allowed);
+    let extra = ask.usages.minus(policy.allow.usages);
     if !extra.is_empty() {
         refusals.add(Reason::UsageNotAllowed, format!("usages: {extra} not among its usages"));
+    }
+    if let Some(text) = policy.signer.refuse_usages(ask.usages) {
+        refusals.add(Reason::UsageNotAllowed, text);
     }
     // RFC 5480 section 3 and RFC 8410 section 5: such keys encipher nothing.
     let rsa = matches!(ask.key, KeyAlgorithm::Rsa2048 | KeyAlgorithm::Rsa3072 | KeyAlgorithm::Rsa4096);

@@ -26,15 +26,16 @@ pub(super) struct Range {
 }
 
 impl Range {
-    /// Fills in what is absent; the error names the field beside its sentence.
+    /// Fills in what is absent, with no minimum below `floor`; the error names the field beside its sentence.
     pub(super) fn new(
+        floor: Duration,
         min: Option<Duration>,
         default: Option<Duration>,
         max: Option<Duration>,
     ) -> Result<Self, (&'static str, String)> {
         let max = max.unwrap_or_else(|| default.unwrap_or_default().max(DEFAULT_MAX_LIFETIME));
         let default = default.unwrap_or_else(|| max.min(DEFAULT_LIFETIME).max(min.unwrap_or_default()));
-        let min = min.unwrap_or_else(|| default.min(DEFAULT_MIN_LIFETIME));
+        let min = min.unwrap_or_else(|| default.min(DEFAULT_MIN_LIFETIME.max(floor)));
         let range = Self { min, default, max };
         if default > max {
             return Err(("default", format!("{} is more than max, {}", print(default), print(max))));
@@ -133,10 +134,12 @@ mod tests {
             ((some(120), None, None), (120, 120, 1440)),
         ] {
             let range = Range { min: minutes(min), default: minutes(default), max: minutes(max) };
-            assert_eq!(Range::new(given.0, given.1, given.2), Ok(range), "{given:?}");
+            assert_eq!(Range::new(MIN_LIFETIME, given.0, given.1, given.2), Ok(range), "{given:?}");
         }
-        assert_eq!(Range::new(None, some(2), some(1)).unwrap_err().0, "default");
-        assert_eq!(Range::new(some(2), some(1), None).unwrap_err().0, "min");
-        assert_eq!(Range::new(some(2), None, some(1)).unwrap_err().0, "default");
+        let raised = Range { min: minutes(10), default: minutes(60), max: minutes(1440) };
+        assert_eq!(Range::new(minutes(10), None, None, None), Ok(raised));
+        assert_eq!(Range::new(MIN_LIFETIME, None, some(2), some(1)).unwrap_err().0, "default");
+        assert_eq!(Range::new(MIN_LIFETIME, some(2), some(1), None).unwrap_err().0, "min");
+        assert_eq!(Range::new(MIN_LIFETIME, some(2), None, some(1)).unwrap_err().0, "default");
     }
 }

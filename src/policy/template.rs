@@ -2,13 +2,15 @@
 //!
 //! Invariant: a value never escapes its slot. A slot lies inside one label, one path segment or one subject attribute; a
 //! value that could end that part, or that is no valid part by itself, fills nothing. There is at most one slot in a part,
-//! because the border between two neighbouring values would be ambiguous: `ab` + `c` is also `a` + `bc`.
+//! because the border between two neighbouring values would be ambiguous: `ab` + `c` is also `a` + `bc`. A fact with
+//! several values fills a name once for each, so it is at most once in a pattern.
 //!
 //! Matching walks pattern and text side by side, part by part, once. A part is one literal, one slot, or one `*`, never
 //! a repetition, so there is nothing to backtrack into and no pattern can be slow. No regular expressions, on purpose.
 
-use std::{borrow::Cow, fmt};
+use std::fmt;
 
+use super::fact::{Callers, Fact, MAX_SERVICES};
 use crate::{
     attest::Facts,
     x509::{
@@ -19,48 +21,6 @@ use crate::{
 
 /// Bytes in one pattern, template or glob of a policy (a SPIFFE ID's own bound, SPIFFE-ID section 2.3).
 pub const MAX_PATTERN_BYTES: usize = 2048;
-
-/// A fact whose value may fill a slot. Paths are not among them: they never fit one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fact {
-    Uid,
-    Gid,
-    User,
-    Group,
-    SystemdUnit,
-    ExecutableSha256,
-}
-
-impl Fact {
-    pub(super) const ALL: [Self; 6] =
-        [Self::Uid, Self::Gid, Self::User, Self::Group, Self::SystemdUnit, Self::ExecutableSha256];
-
-    /// The name between the braces.
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Uid => "unix.uid",
-            Self::Gid => "unix.gid",
-            Self::User => "unix.user",
-            Self::Group => "unix.group",
-            Self::SystemdUnit => "unix.systemdUnit",
-            Self::ExecutableSha256 => "unix.executableSha256",
-        }
-    }
-
-    fn of(self, facts: &Facts) -> Option<Cow<'_, str>> {
-        let Facts::Process(facts) = facts else {
-            return None;
-        };
-        match self {
-            Self::Uid => Some(facts.uid.to_string().into()),
-            Self::Gid => Some(facts.gid.to_string().into()),
-            Self::User => facts.user.as_deref().map(Cow::from),
-            Self::Group => facts.group.as_deref().map(Cow::from),
-            Self::SystemdUnit => facts.systemd_unit.as_deref().map(Cow::from),
-            Self::ExecutableSha256 => facts.executable_sha256.as_deref().map(Cow::from),
-        }
-    }
-}
 
 /// What a pattern is matched against; decides where its parts end and what may stand in one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,22 +53,25 @@ enum Part {
 
 /// Why an entry grants nothing to this caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Unfilled {
-    fact: Fact,
-    value: Option<String>,
-    kind: Kind,
+pub(super) enum Unfilled {
+    Absent(Fact),
+    Unfit { fact: Fact, value: String, kind: Kind },
+    TooManyServices(usize),
 }
 
 impl Pattern {
-    /// Parses and checks `text`; the error is a sentence for the policy's author.
-    pub(super) fn parse(kind: Kind, text: &str) -> Result<Self, String> {
+    /// Parses and checks `text` for a policy about `callers`; the error is a sentence for the policy's author.
+    pub(super) fn parse(kind: Kind, callers: Callers, text: &str) -> Result<Self, String> {
         if text.len() > MAX_PATTERN_BYTES {
             return Err(format!("it has {} bytes, at most {MAX_PATTERN_BYTES} are allowed", text.len()));
         }
         let (head, rest) = kind.split_head(text)?;
         let parts = match kind.separator() {
-            Some(separator) => split_outside_slots(rest, separator).map(Part::parse).collect::<Result<Vec<_>, _>>()?,
-            None => vec![Part::parse(rest)?],
+            Some(separator) => {
+                let parts = split_outside_slots(rest, separator).map(|part| Part::parse(part, callers));
+                parts.collect::<Result<Vec<_>, _>>()?
+            }
+            None => vec![Part::parse(rest, callers)?],
         };
         let pattern = Self { text: text.to_owned(), kind, head: head.to_owned(), parts };
         pattern.check()?;
@@ -125,7 +88,27 @@ impl Pattern {
     }
 
     pub(super) fn uses(&self, wanted: Fact) -> bool {
-        self.parts.iter().any(|part| matches!(part, Part::Slot { fact, .. } if *fact == wanted))
+        self.count(wanted) > 0
+    }
+
+    fn count(&self, wanted: Fact) -> usize {
+        self.parts.iter().filter(|part| matches!(part, Part::Slot { fact, .. } if *fact == wanted)).count()
+    }
+
+    /// Whether some value of its facts makes a subject attribute that begins with `prefix`, whose last character no value
+    /// can hold.
+    pub(super) fn could_begin_with(&self, prefix: &str) -> bool {
+        match self.parts.first() {
+            Some(Part::Literal(literal)) => literal.starts_with(prefix),
+            Some(Part::Slot { before, after, .. }) => {
+                // The value is some of what is left of the prefix, and what follows the value begins with the rest.
+                let completes = |left: &str| {
+                    (1..left.len()).any(|at| self.kind.fits(&left[..at]) && after.starts_with(&left[at..]))
+                };
+                before.starts_with(prefix) || prefix.strip_prefix(before.as_str()).is_some_and(completes)
+            }
+            Some(Part::Any) | None => true,
+        }
     }
 
     /// Whether `asked` is allowed, with slots filled from `facts`.
@@ -144,7 +127,9 @@ impl Pattern {
             let same = match part {
                 Part::Any => self.kind.fits(asked),
                 Part::Literal(literal) => literal == asked,
-                Part::Slot { before, fact, after } => self.slot(before, *fact, after, facts)? == asked,
+                Part::Slot { before, fact, after } => {
+                    self.slot(before, *fact, after, facts)?.iter().any(|part| part == asked)
+                }
             };
             if !same {
                 return Ok(false);
@@ -153,34 +138,38 @@ impl Pattern {
         Ok(true)
     }
 
-    /// The text with its slots filled; `*` stays as it is.
-    pub(super) fn fill(&self, facts: &Facts) -> Result<String, Unfilled> {
-        self.write(|before, fact, after| self.slot(before, fact, after, facts))
+    /// The text with its slots filled, once for each Service if it names them; `*` stays as it is.
+    pub(super) fn fill(&self, facts: &Facts) -> Result<Vec<String>, Unfilled> {
+        let mut texts = vec![self.head.clone()];
+        for (i, part) in self.parts.iter().enumerate() {
+            let values = match part {
+                Part::Any => vec!["*".to_owned()],
+                Part::Literal(literal) => vec![literal.clone()],
+                Part::Slot { before, fact, after } => self.slot(before, *fact, after, facts)?,
+            };
+            let separator = self.kind.separator().filter(|_| i > 0).map_or(String::new(), String::from);
+            let with =
+                |text: &String| values.iter().map(|value| format!("{text}{separator}{value}")).collect::<Vec<_>>();
+            texts = texts.iter().flat_map(with).collect();
+        }
+        Ok(texts)
     }
 
-    fn slot(&self, before: &str, fact: Fact, after: &str, facts: &Facts) -> Result<String, Unfilled> {
-        let unfilled = |value| Unfilled { fact, value, kind: self.kind };
-        let value = fact.of(facts).ok_or_else(|| unfilled(None))?;
-        let part = format!("{before}{value}{after}");
+    /// The part that a slot makes, for each of the fact's values that fits; an error when there is none, except that a pod
+    /// may have no Service.
+    fn slot(&self, before: &str, fact: Fact, after: &str, facts: &Facts) -> Result<Vec<String>, Unfilled> {
+        let values = fact.of(facts);
+        if values.len() > MAX_SERVICES {
+            return Err(Unfilled::TooManyServices(values.len()));
+        }
+        let first = values.first().ok_or(Unfilled::Absent(fact))?.to_string();
         // The value must be a whole part by itself, and the part that it completes must be one too. A subject attribute
         // may hold more around the value; it is compared with one that has been checked.
-        let whole = self.kind.fits(&value) && (self.kind == Kind::Subject || self.kind.fits(&part));
-        if whole { Ok(part) } else { Err(unfilled(Some(value.into_owned()))) }
-    }
-
-    fn write<E>(&self, mut slot: impl FnMut(&str, Fact, &str) -> Result<String, E>) -> Result<String, E> {
-        let mut text = self.head.clone();
-        for (i, part) in self.parts.iter().enumerate() {
-            if i > 0 {
-                text.extend(self.kind.separator());
-            }
-            match part {
-                Part::Any => text.push('*'),
-                Part::Literal(literal) => text.push_str(literal),
-                Part::Slot { before, fact, after } => text.push_str(&slot(before, *fact, after)?),
-            }
-        }
-        Ok(text)
+        let whole =
+            |value: &str, part: &str| self.kind.fits(value) && (self.kind == Kind::Subject || self.kind.fits(part));
+        let parts = values.iter().map(|value| (value, format!("{before}{value}{after}")));
+        let parts: Vec<_> = parts.filter(|(value, part)| whole(value, part)).map(|(_, part)| part).collect();
+        if parts.is_empty() { Err(Unfilled::Unfit { fact, value: first, kind: self.kind }) } else { Ok(parts) }
     }
 
     /// Checks the pattern by the rules of the names that it may grant, with `x` in place of every slot and `*`.
@@ -199,9 +188,10 @@ impl Pattern {
         if self.kind == Kind::Uri && self.head.starts_with("spiffe://") && self.parts.len() < 2 {
             return Err("a workload's SPIFFE ID needs a path".to_owned());
         }
-        let sample = self
-            .write(|before, _, after| Ok::<_, std::convert::Infallible>(format!("{before}x{after}")))
-            .unwrap_or_else(|never| match never {});
+        if self.count(Fact::Service) > 1 {
+            return Err(format!("{{{}}} may be in it only once", Fact::Service.name()));
+        }
+        let sample = self.sample();
         let checked = match self.kind {
             Kind::Dns => DnsName::parse(&sample.replace('*', "x")).map(drop),
             Kind::WildcardDns => DnsName::parse(&sample).map(drop),
@@ -213,6 +203,17 @@ impl Pattern {
             NameError::Dns { why, .. } | NameError::Uri { why, .. } => why,
             _ => format!("it must have 1 to {MAX_SUBJECT_CHARS} printable characters"),
         })
+    }
+
+    /// A text that it would allow, with `x` in place of every slot.
+    fn sample(&self) -> String {
+        let parts = self.parts.iter().map(|part| match part {
+            Part::Any => "*".to_owned(),
+            Part::Literal(literal) => literal.clone(),
+            Part::Slot { before, after, .. } => format!("{before}x{after}"),
+        });
+        let separator = self.kind.separator().map_or(String::new(), String::from);
+        self.head.clone() + &parts.collect::<Vec<_>>().join(&separator)
     }
 }
 
@@ -272,7 +273,7 @@ impl Kind {
 }
 
 impl Part {
-    fn parse(text: &str) -> Result<Self, String> {
+    fn parse(text: &str, callers: Callers) -> Result<Self, String> {
         if text == "*" {
             return Ok(Self::Any);
         }
@@ -289,9 +290,10 @@ impl Part {
         if before.contains('}') || after.contains(['{', '}']) {
             return Err("at most one {fact} in a label, path segment or subject attribute".to_owned());
         }
-        let fact = Fact::ALL.into_iter().find(|fact| fact.name() == name).ok_or_else(|| {
-            let known: Vec<_> = Fact::ALL.into_iter().map(Fact::name).collect();
-            format!("no fact is named {name:?}; a slot may hold {}", known.join(", "))
+        let mut known = Fact::ALL.into_iter().filter(|fact| fact.callers() == callers);
+        let fact = known.clone().find(|fact| fact.name() == name).ok_or_else(|| {
+            let known = known.by_ref().map(Fact::name).collect::<Vec<_>>().join(", ");
+            format!("callers of this policy have no fact named {}; a slot may hold {known}", super::shown(name))
         })?;
         Ok(Self::Slot { before: before.to_owned(), fact, after: after.to_owned() })
     }
@@ -309,10 +311,14 @@ fn split_outside_slots(text: &str, separator: char) -> impl Iterator<Item = &str
 /// For a denial: names the caller's own fact.
 impl fmt::Display for Unfilled {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.value {
-            None => write!(f, "the caller has no {}", self.fact.name()),
-            Some(value) => {
-                write!(f, "{} {} is not {}", self.fact.name(), super::shown(value), self.kind.part_name())
+        match self {
+            Self::Absent(Fact::Service) => write!(f, "no Service selects the caller"),
+            Self::Absent(fact) => write!(f, "the caller has no {}", fact.name()),
+            Self::Unfit { fact, value, kind } => {
+                write!(f, "{} {} is not {}", fact.name(), super::shown(value), kind.part_name())
+            }
+            Self::TooManyServices(count) => {
+                write!(f, "{count} Services select the caller, and at most {MAX_SERVICES} are taken")
             }
         }
     }
@@ -354,10 +360,12 @@ impl Glob {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use proptest::prelude::*;
 
     use super::*;
-    use crate::attest::UnixFacts;
+    use crate::attest::{PodFacts, UnixFacts};
 
     fn facts(user: &str) -> UnixFacts {
         UnixFacts {
@@ -374,7 +382,7 @@ mod tests {
     }
 
     fn pattern(kind: Kind, text: &str) -> Pattern {
-        Pattern::parse(kind, text).unwrap_or_else(|error| panic!("{text}: {error}"))
+        Pattern::parse(kind, Callers::Processes, text).unwrap_or_else(|error| panic!("{text}: {error}"))
     }
 
     fn matches(kind: Kind, text: &str, yes: &[&str], no: &[&str]) {
@@ -456,7 +464,7 @@ mod tests {
         matches(Kind::Uri, "spiffe://e/{unix.gid}/{unix.uid}", &["spiffe://e/33/1000"], &["spiffe://e/1000/33"]);
         matches(Kind::Subject, "Team {unix.user}", &["Team web"], &["Team db", "Team", "web"]);
         let filled = pattern(Kind::Dns, "*.u{unix.uid}.org").fill(&Facts::Process(facts("web")));
-        assert_eq!(filled.as_deref(), Ok("*.u1000.org"));
+        assert_eq!(filled, Ok(vec!["*.u1000.org".to_owned()]));
     }
 
     #[test]
@@ -498,7 +506,7 @@ mod tests {
             (Kind::Dns, "{unix.user.org", "'{' without '}'"),
             (Kind::Dns, "unix.user}.org", "'}' without '{'"),
             (Kind::Dns, "{{unix.uid}}.org", "at most one {fact}"),
-            (Kind::Dns, "{uid}.org", "no fact is named \"uid\"; a slot may hold unix.uid, unix.gid"),
+            (Kind::Dns, "{uid}.org", "have no fact named \"uid\"; a slot may hold unix.uid, unix.gid"),
             (Kind::Dns, "10.0.0.1", "its last label is all digits"),
             (Kind::WildcardDns, "web.example.org", "it must begin with '*.'"),
             (Kind::WildcardDns, "*.*.example.org", "only as the first label"),
@@ -516,7 +524,7 @@ mod tests {
             (Kind::Subject, "a\nb", "1 to 64 printable characters"),
             (Kind::Subject, "{unix.user}.{unix.uid}", "at most one {fact}"),
         ] {
-            let error = Pattern::parse(kind, text).expect_err(text);
+            let error = Pattern::parse(kind, Callers::Processes, text).expect_err(text);
             assert!(error.contains(words), "{text}: {error}");
         }
     }
@@ -524,8 +532,8 @@ mod tests {
     #[test]
     fn a_pattern_has_a_bound_in_bytes() {
         let uri = |bytes: usize| format!("https://e/{}", "a".repeat(bytes - 10));
-        assert!(Pattern::parse(Kind::Uri, &uri(MAX_PATTERN_BYTES)).is_ok());
-        let error = Pattern::parse(Kind::Uri, &uri(MAX_PATTERN_BYTES + 1)).unwrap_err();
+        assert!(Pattern::parse(Kind::Uri, Callers::Processes, &uri(MAX_PATTERN_BYTES)).is_ok());
+        let error = Pattern::parse(Kind::Uri, Callers::Processes, &uri(MAX_PATTERN_BYTES + 1)).unwrap_err();
         assert_eq!(error, "it has 2049 bytes, at most 2048 are allowed");
         assert!(Glob::parse(&"a".repeat(MAX_PATTERN_BYTES)).is_ok());
         assert!(Glob::parse(&"a".repeat(MAX_PATTERN_BYTES + 1)).is_err());
@@ -533,10 +541,117 @@ mod tests {
 
     #[test]
     fn every_slot_names_a_fact_that_the_caller_is_shown() {
-        let workload = crate::attest::Workload::for_test(UnixFacts { group: Some("g".to_owned()), ..facts("web") });
+        let unix = Facts::Process(UnixFacts { group: Some("g".to_owned()), ..facts("web") });
+        let pod = Facts::Pod(pod(&["web", "web-api"]));
         for fact in Fact::ALL {
-            let value = fact.of(workload.facts()).map(Cow::into_owned);
-            assert_eq!(value.as_ref(), workload.facts().named().get(fact.name()), "{}", fact.name());
+            let facts = if fact.callers() == Callers::Pods { &pod } else { &unix };
+            // The one with several values is shown as a list.
+            let shown = if fact == Fact::Service { "kubernetes.services" } else { fact.name() };
+            assert_eq!(Some(&fact.of(facts).join(", ")), facts.named().get(shown), "{}", fact.name());
+        }
+    }
+
+    fn pod(services: &[&str]) -> PodFacts {
+        PodFacts {
+            namespace: "production".to_owned(),
+            name: "web-0".to_owned(),
+            uid: "7f5a4c3e".to_owned(),
+            service_account: "web.v1".to_owned(),
+            node: "node1.example.org".to_owned(),
+            labels: BTreeMap::new(),
+            namespace_labels: BTreeMap::new(),
+            ips: Vec::new(),
+            services: services.iter().map(ToString::to_string).collect(),
+        }
+    }
+
+    fn of_pod(kind: Kind, text: &str) -> Pattern {
+        Pattern::parse(kind, Callers::Pods, text).unwrap_or_else(|error| panic!("{text}: {error}"))
+    }
+
+    #[test]
+    fn slots_hold_the_pods_facts() {
+        let facts = Facts::Pod(pod(&[]));
+        for (kind, text, filled) in [
+            (Kind::Dns, "{kubernetes.pod}.{kubernetes.namespace}.svc", "web-0.production.svc"),
+            (
+                Kind::Uri,
+                "spiffe://e/ns/{kubernetes.namespace}/sa/{kubernetes.serviceAccount}",
+                "spiffe://e/ns/production/sa/web.v1",
+            ),
+            (Kind::Uri, "https://e/{kubernetes.node}/{kubernetes.podUid}", "https://e/node1.example.org/7f5a4c3e"),
+            (Kind::Subject, "ns {kubernetes.namespace}", "ns production"),
+        ] {
+            let pattern = of_pod(kind, text);
+            assert_eq!(pattern.fill(&facts), Ok(vec![filled.to_owned()]));
+            assert_eq!(pattern.matches(filled, &facts), Ok(true), "{text}");
+        }
+        let why = of_pod(Kind::Dns, "{kubernetes.serviceAccount}.example.org").fill(&facts).unwrap_err().to_string();
+        assert_eq!(why, r#"kubernetes.serviceAccount "web.v1" is not a single lower-case DNS label"#);
+    }
+
+    #[test]
+    fn a_service_is_each_one_that_selects_the_pod() {
+        let pattern = of_pod(Kind::Dns, "{kubernetes.service}.{kubernetes.namespace}.svc");
+        let (none, both) = (Facts::Pod(pod(&[])), Facts::Pod(pod(&["web", "web-api"])));
+        assert_eq!(pattern.fill(&both).unwrap(), ["web.production.svc", "web-api.production.svc"]);
+        for (asked, allowed) in [
+            ("web-api.production.svc", true),
+            ("web.production.svc", true),
+            ("db.production.svc", false),
+            ("web.test.svc", false),
+        ] {
+            assert_eq!(pattern.matches(asked, &both), Ok(allowed), "{asked}");
+        }
+        assert_eq!(
+            pattern.matches("web.production.svc", &none).unwrap_err().to_string(),
+            "no Service selects the caller"
+        );
+        assert_eq!(pattern.fill(&none), Err(Unfilled::Absent(Fact::Service)));
+        let twice =
+            Pattern::parse(Kind::Dns, Callers::Pods, "{kubernetes.service}.{kubernetes.service}.svc").unwrap_err();
+        assert_eq!(twice, "{kubernetes.service} may be in it only once");
+    }
+
+    #[test]
+    fn the_services_of_a_pod_have_a_bound() {
+        let pattern = of_pod(Kind::Dns, "{kubernetes.service}.svc");
+        let of = |n: usize| Facts::Pod(PodFacts { services: (0..n).map(|i| format!("s{i}")).collect(), ..pod(&[]) });
+        assert_eq!(pattern.fill(&of(MAX_SERVICES)).unwrap().len(), MAX_SERVICES);
+        assert_eq!(pattern.matches("s0.svc", &of(MAX_SERVICES)), Ok(true));
+        let why = pattern.matches("s0.svc", &of(MAX_SERVICES + 1)).unwrap_err().to_string();
+        assert_eq!(why, "65 Services select the caller, and at most 64 are taken");
+    }
+
+    #[test]
+    fn a_fact_of_other_callers_is_refused() {
+        let error = Pattern::parse(Kind::Dns, Callers::Pods, "{unix.user}.org").unwrap_err();
+        let expected = "callers of this policy have no fact named \"unix.user\"; a slot may hold kubernetes.namespace, \
+                        kubernetes.pod, kubernetes.podUid, kubernetes.serviceAccount, kubernetes.node, kubernetes.service";
+        assert_eq!(error, expected);
+        let error = Pattern::parse(Kind::Dns, Callers::Processes, "{kubernetes.pod}.org").unwrap_err();
+        assert!(error.contains("\"kubernetes.pod\"; a slot may hold unix.uid"), "{error}");
+    }
+
+    #[test]
+    fn a_prefix_is_found_wherever_a_slot_could_make_it() {
+        for (text, could) in [
+            ("system:node", true),
+            ("system:", true),
+            ("system", false),
+            ("systems:x", false),
+            ("a system:x", false),
+            ("{kubernetes.pod}", false),
+            ("{kubernetes.pod}:masters", true),
+            ("sys{kubernetes.pod}:x", true),
+            ("sys{kubernetes.pod}em:x", true),
+            ("{kubernetes.pod}m:x", true),
+            ("{kubernetes.pod}system:x", false),
+            ("system{kubernetes.pod}:x", false),
+            ("system:{kubernetes.pod}", true),
+            ("x{kubernetes.pod}:masters", false),
+        ] {
+            assert_eq!(of_pod(Kind::Subject, text).could_begin_with("system:"), could, "{text}");
         }
     }
 
@@ -564,17 +679,18 @@ mod tests {
     proptest! {
         #[test]
         fn a_filled_slot_adds_no_part_and_changes_no_other(user in any::<String>()) {
-            if let Ok(name) = pattern(Kind::Dns, "a.x{unix.user}.example.org").fill(&Facts::Process(facts(&user))) {
+            let filled = |kind, text| pattern(kind, text).fill(&Facts::Process(facts(&user))).map(|texts| texts.concat());
+            if let Ok(name) = filled(Kind::Dns, "a.x{unix.user}.example.org") {
                 prop_assert!(DnsName::parse(&name).is_ok());
                 let labels: Vec<_> = name.split('.').collect();
                 prop_assert_eq!((labels.len(), labels[0], labels[2], labels[3]), (4, "a", "example", "org"));
             }
-            if let Ok(uri) = pattern(Kind::Uri, "spiffe://example.org/a/{unix.user}/b").fill(&Facts::Process(facts(&user))) {
+            if let Ok(uri) = filled(Kind::Uri, "spiffe://example.org/a/{unix.user}/b") {
                 prop_assert!(crate::spiffe::SpiffeId::parse(&uri).is_ok());
                 let segments: Vec<_> = uri.split('/').collect();
                 prop_assert_eq!((segments.len(), segments[2], segments[3], segments[5]), (6, "example.org", "a", "b"));
             }
-            if let Ok(name) = pattern(Kind::Subject, "CN {unix.user}").fill(&Facts::Process(facts(&user))) {
+            if let Ok(name) = filled(Kind::Subject, "CN {unix.user}") {
                 prop_assert!(name[3..].bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b)));
             }
         }
@@ -587,14 +703,51 @@ mod tests {
             let pattern = pattern(Kind::Dns, "{unix.user}.example.org");
             let facts = Facts::Process(facts(&user));
             if let Ok(matched) = pattern.matches(&asked, &facts) {
-                prop_assert_eq!(matched, pattern.fill(&facts).as_deref() == Ok(asked.as_str()));
+                prop_assert_eq!(matched, pattern.fill(&facts) == Ok(vec![asked]));
             }
+        }
+
+        /// Whatever the API server said: a name has the parts of its template, and each value is in its own.
+        #[test]
+        fn facts_of_a_pod_stay_in_their_slots(
+            namespace in "[a-z*./:-]{0,6}",
+            services in proptest::collection::btree_set("[a-z*./-]{0,6}", 0..4),
+            account in any::<String>(),
+        ) {
+            let facts = Facts::Pod(PodFacts { namespace: namespace.clone(), services, service_account: account, ..pod(&[]) });
+            let dns = of_pod(Kind::Dns, "{kubernetes.service}.{kubernetes.namespace}.svc");
+            for name in dns.fill(&facts).unwrap_or_default() {
+                prop_assert!(DnsName::parse(&name).is_ok());
+                let labels: Vec<_> = name.split('.').collect();
+                prop_assert_eq!(&labels[1..], [namespace.as_str(), "svc"]);
+                prop_assert!(Fact::Service.of(&facts).iter().any(|service| service == labels[0]));
+                prop_assert_eq!(dns.matches(&name, &facts), Ok(true));
+            }
+            let uri = of_pod(Kind::Uri, "spiffe://e/ns/{kubernetes.namespace}/sa/{kubernetes.serviceAccount}");
+            for uri in uri.fill(&facts).unwrap_or_default() {
+                prop_assert!(crate::spiffe::SpiffeId::parse(&uri).is_ok());
+                let segments: Vec<_> = uri.split('/').collect();
+                prop_assert_eq!((segments.len(), segments[2], segments[3], segments[5]), (7, "e", "ns", "sa"));
+            }
+        }
+
+        /// What [`Pattern::could_begin_with`] rules out, no value makes.
+        #[test]
+        fn no_value_makes_a_prefix_that_was_ruled_out(
+            before in "(s|sys|system|system:|x)?",
+            after in "(:|:x|tem:|m:x|x)?",
+            name in "(s|sys|system|tem|ystem|m|[a-z]{1,3})",
+        ) {
+            let facts = Facts::Pod(PodFacts { name, ..pod(&[]) });
+            let pattern = of_pod(Kind::Subject, &format!("{before}{{kubernetes.pod}}{after}"));
+            let begins = pattern.fill(&facts).is_ok_and(|texts| texts[0].starts_with("system:"));
+            prop_assert!(!begins || pattern.could_begin_with("system:"));
         }
 
         #[test]
         fn no_text_breaks_the_parser(text in "[a-z*{}./:]{0,40}|\\PC{0,40}", asked in "\\PC{0,40}") {
             for kind in [Kind::Dns, Kind::WildcardDns, Kind::Uri, Kind::Subject] {
-                if let Ok(pattern) = Pattern::parse(kind, &text) {
+                if let Ok(pattern) = Pattern::parse(kind, Callers::Processes, &text) {
                     let _ = pattern.matches(&asked, &Facts::Process(facts("web")));
                 }
             }

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use super::{
     Ask, Denial, PolicySet, Terms, candidates,
     compile::{self, Policy},
-    judge::{self, judge, mismatch},
+    judge::{self, judge},
     lifetime,
     template::Pattern,
 };
@@ -31,7 +31,7 @@ pub struct View {
 /// Every policy in order of name, as the workload may see it: its own facts and what it may have, nothing about others.
 pub fn views(policies: &PolicySet, workload: &Workload) -> Vec<View> {
     let facts = workload.facts();
-    let view = |policy: &Policy| match mismatch(&policy.unix, facts) {
+    let view = |policy: &Policy| match policy.whom.mismatch(facts) {
         Some(mismatch) => {
             View { policy: policy.name.clone(), matches: false, mismatch, grants: Vec::new(), offers: Vec::new() }
         }
@@ -43,7 +43,7 @@ pub fn views(policies: &PolicySet, workload: &Workload) -> Vec<View> {
             offers: policy.offers.iter().map(|offer| offer_line(policy, offer, facts)).collect(),
         },
     };
-    policies.policies.iter().map(view).collect()
+    policies.policies.iter().map(|policy| view(policy)).collect()
 }
 
 /// The verdicts on an ask, for people. Nothing in it entitles to anything.
@@ -74,7 +74,7 @@ pub fn explain(policies: &PolicySet, facts: &Facts, ask: &Ask) -> Explanation {
     let mut verdicts = Vec::new();
     for policy in candidates(policies, ask) {
         let name = policy.name.clone();
-        if let Some(mismatch) = mismatch(&policy.unix, facts) {
+        if let Some(mismatch) = policy.whom.mismatch(facts) {
             verdicts.push(Verdict { policy: name, matches: false, against: vec![mismatch] });
             continue;
         }
@@ -90,7 +90,7 @@ pub fn explain(policies: &PolicySet, facts: &Facts, ask: &Ask) -> Explanation {
             }
         }
     }
-    Explanation { granted: None, verdicts, reason: Some(Denial::new(facts, ask, &refused).reason()) }
+    Explanation { granted: None, verdicts, reason: Some(Denial::new(facts, ask.policy.as_deref(), &refused).reason()) }
 }
 
 fn term_lines(terms: &Terms) -> Vec<String> {
@@ -116,7 +116,7 @@ fn term_lines(terms: &Terms) -> Vec<String> {
 fn grant_lines(policy: &Policy, facts: &Facts) -> Vec<String> {
     let allow = &policy.allow;
     let fill = |pattern: &Pattern| match pattern.fill(facts) {
-        Ok(text) => text,
+        Ok(texts) => texts.join(", "),
         Err(why) => format!("{} (grants nothing: {why})", pattern.as_str()),
     };
     let lists = [
@@ -130,11 +130,11 @@ fn grant_lines(policy: &Policy, facts: &Facts) -> Vec<String> {
     let lifetime::Range { min, default, max } = allow.lifetime;
     let [min, default, max] = [min, default, max].map(lifetime::print);
     let rest = [
-        ("IP addresses", allow.ip_addresses.iter().map(ToString::to_string).collect()),
+        ("IP addresses", allow.ip_addresses.iter().map(|addresses| addresses.shown_to(facts)).collect()),
         ("usages", allow.usages.iter().map(|usage| usage.name().to_owned()).collect()),
         ("keys", allow.keys.iter().map(ToString::to_string).collect()),
         ("lifetime", vec![format!("{min} to {max}, {default} unless asked")]),
-        ("signer", vec![policy.signer.clone()]),
+        ("signer", vec![policy.signer.name().to_owned()]),
         ("rules", policy.rules.iter().map(|rule| rule.message().to_owned()).collect()),
     ];
     let lines = lists.chain(rest).filter(|(_, values): &(_, Vec<String>)| !values.is_empty());

@@ -24,10 +24,11 @@ impl v1::status_service_server::StatusService for Credentials {
         &self,
         request: Request<v1::ListCredentialsRequest>,
     ) -> Result<Response<v1::ListCredentialsResponse>, Status> {
-        let connection = &request.extensions().get::<Arrival>().expect("the server sets it").connection;
-        let caller = connection.workload(&self.engine).await?;
-        // A pod is nobody's operator, whatever user its image runs as.
-        let operator = caller.unix().is_some_and(|unix| unix.uid == 0 || unix.uid == self.engine.operator_uid);
+        let arrival = Arrival::of(&request);
+        let caller = arrival.workload(&self.engine).await?;
+        // A pod is nobody's operator, whatever user its image runs as, but the agent's own: who is in there is the agent.
+        let operator = caller.unix().is_some_and(|unix| unix.uid == 0 || unix.uid == self.engine.operator_uid)
+            || self.engine.attestor.is_own_pod(&caller);
         let rows = self.engine.hub.rows(|workload| operator || *workload == *caller);
         let credentials = rows.iter().map(convert::credential_status).collect();
         Ok(Response::new(v1::ListCredentialsResponse { credentials }))

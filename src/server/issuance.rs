@@ -1,40 +1,29 @@
-//! `csrd.v1.CertificateService`: who calls, what it asks for, and the streams that answer.
+//! `csrd.v1.CertificateService`: what a caller asks for, and the streams that answer.
 //!
-//! Before a certificate is sent, the process behind the stream is looked at again: one that has become something to which
-//! policy grants another certificate, or none, gets nothing more. `WatchTrustBundle` looks once, at its start: roots are public.
+//! Each certificate is sent under [`Call::check_still`]. `WatchTrustBundle` looks at its caller once, at its start: roots
+//! are public.
 
 mod issue;
 mod subscribe;
 
-use std::{pin::Pin, sync::Arc, time::Duration};
+use std::{pin::Pin, sync::Arc};
 
-use tokio::time::Instant;
 use tokio_stream::{Stream, StreamExt as _, wrappers::WatchStream};
 use tonic::{Code, Request, Response, Status};
 use tracing::Instrument as _;
 
 use super::{
-    Arrival, Connection, Engine, convert,
+    Arrival, Engine,
+    call::{Call, ended},
+    convert,
     refusal::{Refusal, SIGNER_UNKNOWN_CODE},
     stop,
 };
-use crate::{attest::Workload, hub::Subscription, metrics::counted, policy, proto::v1, telemetry};
-
-/// How long a caller's proof serves without another look: an answer that is at hand is not worth a second one.
-const PROOF_HOLDS_FOR: Duration = Duration::from_millis(1);
+use crate::{metrics::counted, policy, proto::v1, telemetry};
 
 /// The service.
 pub(super) struct Issuance {
     engine: Arc<Engine>,
-}
-
-/// A caller of one call, proven at its start.
-struct Call {
-    engine: Arc<Engine>,
-    connection: Arc<Connection>,
-    workload: Arc<Workload>,
-    proven: Instant,
-    span: tracing::Span,
 }
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -46,23 +35,8 @@ impl Issuance {
 
     /// Proves the caller of `request`.
     async fn call<T>(&self, request: &Request<T>) -> Result<Call, Status> {
-        let arrival = request.extensions().get::<Arrival>().expect("the server sets it");
-        let (span, connection) = (arrival.span.clone(), arrival.connection.clone());
-        let attested = connection.workload(&self.engine);
-        let attested = attested.instrument(tracing::debug_span!(parent: &span, "attest")).await;
-        let workload = attested.map_err(|status| ended(&span, status))?;
-        Ok(Call { engine: self.engine.clone(), connection, workload, proven: Instant::now(), span })
-    }
-}
-
-impl Call {
-    /// Whether the process behind the call may be given this credential now.
-    async fn check_still(&self, subscription: &Subscription) -> Result<(), Refusal> {
-        if self.proven.elapsed() < PROOF_HOLDS_FOR {
-            return Ok(());
-        }
-        let now = self.connection.workload(&self.engine).await?;
-        if now == self.workload || subscription.is_for(&now) { Ok(()) } else { Err(Refusal::changed()) }
+        let arrival = Arrival::of(request);
+        Call::prove(&self.engine, &arrival).await.map_err(|refusal| ended(&arrival.span, refusal))
     }
 }
 
@@ -127,10 +101,4 @@ impl v1::certificate_service_server::CertificateService for Issuance {
         });
         Ok(Response::new(Box::pin(bundles)))
     }
-}
-
-/// Writes into the call's span how it ended.
-fn ended(span: &tracing::Span, refusal: Refusal) -> Status {
-    telemetry::record_status(span, refusal.code as i32, refusal.reason);
-    refusal.into()
 }

@@ -20,7 +20,8 @@ impl Methods {
         for file in sets.flat_map(|set| set.file) {
             for service in &file.service {
                 let methods = service.method.iter();
-                paths.extend(methods.map(|it| format!("/{}.{}/{}", file.package(), service.name(), it.name())));
+                let package = file.package.iter().map(|package| format!("{package}.")).collect::<String>();
+                paths.extend(methods.map(|it| format!("/{package}{}/{}", service.name(), it.name())));
             }
         }
         Self(paths)
@@ -40,7 +41,12 @@ mod tests {
     #[test]
     fn a_method_that_is_served_has_its_name_and_every_other_none() {
         let methods = Methods::of(&[proto::DESCRIPTORS, tonic_health::pb::FILE_DESCRIPTOR_SET]);
-        for served in ["/csrd.v1.CertificateService/WhoAmI", "/csrd.v1.StatusService/ListCredentials"] {
+        for served in [
+            "/csrd.v1.CertificateService/WhoAmI",
+            "/csrd.v1.StatusService/ListCredentials",
+            "/SpiffeWorkloadAPI/FetchX509SVID",
+            "/envoy.service.secret.v3.SecretDiscoveryService/DeltaSecrets",
+        ] {
             assert_eq!(methods.known(served), served);
         }
         assert_eq!(methods.known("/grpc.health.v1.Health/Watch"), "/grpc.health.v1.Health/Watch");

@@ -8,6 +8,8 @@
 //! | reason | code | what to do |
 //! |---|---|---|
 //! | `REQUEST_INVALID`, `NAME_INVALID` | INVALID_ARGUMENT | correct the field that the message names |
+//! | `SECURITY_HEADER_MISSING` | INVALID_ARGUMENT | call the Workload API with a client of it |
+//! | `PROFILE_DISABLED` | UNIMPLEMENTED | use X.509-SVIDs |
 //! | `CSR_TOO_LONG`, `CSR_MALFORMED`, `CSR_KEY`, `CSR_SIGNATURE`, `CSR_ATTRIBUTE`, `CSR_EXTENSION`, `CSR_CERTIFICATE_AUTHORITY`, `CSR_USAGE`, `CSR_NAME` | INVALID_ARGUMENT | make another PKCS#10 request |
 //! | `CERTIFICATE_UNKNOWN` | NOT_FOUND | subscribe with a request; ids do not outlive the agent |
 //! | `SIGNER_UNKNOWN` | FAILED_PRECONDITION | name a signer that the agent has; if it was a policy, correct the policy |
@@ -15,6 +17,11 @@
 //! | `PEER_EXITED`, `PEER_PID_REUSED`, `PEER_IDS_CHANGED`, `PEER_SOCKET_PASSED` | PERMISSION_DENIED | connect again, from the process that calls; a socket cannot be passed on |
 //! | `PEER_FOREIGN_PID_NAMESPACE`, `PEER_FOREIGN_USER_NAMESPACE`, `PEER_CGROUPS_DISAGREE` | PERMISSION_DENIED | run agent and caller where one kernel view tells of both |
 //! | `PEER_TOO_MANY_GROUPS` | PERMISSION_DENIED | run the caller in fewer groups |
+//! | `POD_CGROUP_UNCLEAR`, `POD_CONTRADICTED` | PERMISSION_DENIED | call from a container that the kubelet started |
+//! | `POD_GONE` | PERMISSION_DENIED | nothing: the pod has ended |
+//! | `POD_UNKNOWN` | UNAVAILABLE | call again; the message says what the API server has not told |
+//! | `TOKEN_MALFORMED`, `TOKEN_NOT_ACCEPTED`, `TOKEN_NOT_BOUND`, `TOKEN_OF_OTHER_NODE`, `TOKEN_OF_OTHER_POD`, `TOKEN_OUTSIDE_POD` | PERMISSION_DENIED | send the token that the kubelet projects into the calling pod for the agent's audience, or none |
+//! | `TOKEN_NOT_REVIEWED` | UNAVAILABLE | call again |
 //! | `PEER_CHANGED`, `PEER_KEEPS_CHANGING`, `ATTEST_UNREADABLE` | UNAVAILABLE | call again |
 //! | `RATE_LIMITED`, `TOO_MANY_REQUESTS`, `TOO_MANY_REFUSALS` | RESOURCE_EXHAUSTED | call more slowly |
 //! | `TOO_MANY_STREAMS`, `TOO_MANY_CREDENTIALS` | RESOURCE_EXHAUSTED | close streams that are not needed |
@@ -121,7 +128,7 @@ impl From<&HubError> for Refusal {
     fn from(error: &HubError) -> Self {
         let code = match error {
             HubError::Stopping => return Self::stopping(),
-            HubError::Denied(_) => Code::PermissionDenied,
+            HubError::Denied(_) | HubError::PodGone(_) => Code::PermissionDenied,
             HubError::UnknownSigner { .. } => SIGNER_UNKNOWN_CODE,
             HubError::RateLimited { .. } | HubError::TooMany { .. } => Code::ResourceExhausted,
             HubError::Issue(error) => of_issue(error),
@@ -173,6 +180,7 @@ mod tests {
         let mut made = BTreeSet::new();
         for engine in [
             include_str!("../attest.rs"),
+            include_str!("../attest/token.rs"),
             include_str!("../hub.rs"),
             include_str!("../issue.rs"),
             include_str!("../policy.rs"),
@@ -185,7 +193,15 @@ mod tests {
             assert!(!bodies.is_empty(), "every engine has one");
             bodies.iter().for_each(|body| made.extend(reasons(body.split("\n    }\n").next().unwrap(), '"')));
         }
-        for own in [include_str!("refusal.rs"), include_str!("issuance.rs"), include_str!("issuance/subscribe.rs")] {
+        for own in [
+            include_str!("refusal.rs"),
+            include_str!("issuance.rs"),
+            include_str!("issuance/subscribe.rs"),
+            include_str!("identities.rs"),
+            include_str!("workload_api.rs"),
+            include_str!("sds.rs"),
+            include_str!("sds/secrets.rs"),
+        ] {
             let code = own.split("#[cfg(test)]").next().unwrap().lines().filter(|line| !line.starts_with("//"));
             for line in code.filter(|line| line.contains("Code::") || line.contains("_CODE")) {
                 made.extend(reasons(line, '"'));

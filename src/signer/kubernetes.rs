@@ -38,7 +38,7 @@ use crate::{
 
 pub use cleaner::{Cleaner, ORPHAN_AGE, SWEEP_INTERVAL};
 pub use failure::{ApiError, KubernetesError};
-pub use probe::{Agent, ProbeError, probe};
+pub use probe::{ProbeError, probe};
 
 use api::CsrApi;
 use wait::Wait;

@@ -196,7 +196,12 @@ impl PrivateKey {
         &self.public_key
     }
 
-    /// Unencrypted PKCS#8, version 1 (RFC 5208), as PEM.
+    /// Unencrypted PKCS#8, version 1 (RFC 5208), in DER.
+    pub fn to_der(&self) -> Zeroizing<Vec<u8>> {
+        self.pkcs8.clone()
+    }
+
+    /// Likewise, as PEM.
     pub fn to_pem(&self) -> Zeroizing<String> {
         Zeroizing::new(pem::encode("PRIVATE KEY", &self.pkcs8))
     }

@@ -12,8 +12,8 @@ use csrd::{
     policy::PolicySet,
     proto::v1::{WatchTrustBundleRequest, WhoAmIRequest, certificate_service_client::CertificateServiceClient},
     server::{
-        Engine, FIRST_REQUEST_TIMEOUT, Limits, MAX_HEADER_BYTES, MAX_REQUEST_BYTES, MAX_STREAMS_PER_CONNECTION,
-        REQUEST_BODY_TIMEOUT, Server, WINDOW_BYTES,
+        Engine, FIRST_REQUEST_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, Limits, MAX_HEADER_BYTES,
+        MAX_REQUEST_BYTES, MAX_STREAMS_PER_CONNECTION, MAX_UNSENT_BYTES, REQUEST_BODY_TIMEOUT, Server, WINDOW_BYTES,
     },
     signer::embedded::{self, Embedded},
 };
@@ -23,7 +23,7 @@ use tokio::{
     net::{UnixListener, UnixStream},
     sync::watch,
     task::JoinSet,
-    time::{Instant, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{
@@ -34,6 +34,7 @@ use tonic::{
 
 use crate::{
     agent::reason,
+    host::{self, Signer},
     raw_h2::{
         ACK, DATA, END_HEADERS, END_STREAM, Frame, GOAWAY, HEADERS, Outcome, PING, RST_STREAM, RawClient, SETTINGS,
         WINDOW_UPDATE, field, frame, hello, indexed,
@@ -73,6 +74,7 @@ impl Host {
         let hub = Hub::new(hub::Parts {
             clock,
             policies,
+            pods: None,
             signers: vec![Arc::new(signer)],
             signer_rate: rate,
             principal_rate: rate,
@@ -126,10 +128,15 @@ impl Host {
 
 /// The headers of a call whose message is still to come.
 fn who_am_i(stream: u32) -> Vec<u8> {
+    request(stream, "/csrd.v1.CertificateService/WhoAmI")
+}
+
+/// Likewise, of any method.
+fn request(stream: u32, path: &str) -> Vec<u8> {
     let block = [
         indexed(3),
         indexed(6),
-        field(":path", "/csrd.v1.CertificateService/WhoAmI"),
+        field(":path", path),
         field(":authority", "run%2Fcsrd.sock"),
         field("te", "trailers"),
         field("content-type", "application/grpc"),
@@ -228,6 +235,58 @@ async fn a_client_that_never_reads_is_not_read_from() {
         assert!(taken < 1024 * 1024, "{name}: {taken} bytes were taken");
         host.serves_its_neighbour().await;
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_a_stream_that_its_client_does_not_read_no_more_is_held_than_the_bound() {
+    let (ca, other) = (Signer::new(embedded::NAME, Duration::ZERO), Signer::new(embedded::NAME, Duration::ZERO));
+    let mut host = host::Host::new("", std::slice::from_ref(&ca), Limits::default());
+    // Both the stream and the connection would take all of it, if their client read.
+    let mut client = RawClient::new(host.pipe(1024));
+    let call = request(1, "/csrd.v1.CertificateService/WatchTrustBundle");
+    client.send(&[hello(), call, frame(DATA, END_STREAM, 1, &[0; 5])].concat()).await;
+    let one = ca.roots.borrow().clone();
+    ca.add_root_of(&other);
+    let both = ca.roots.borrow().clone();
+    let mut offered = 0;
+    while offered < usize::try_from(u16::MAX).unwrap() - both.pem().len() {
+        let roots = if *ca.roots.borrow() == both { &one } else { &both };
+        offered += roots.pem().len();
+        ca.roots.send_replace(roots.clone());
+        sleep(Duration::from_millis(1)).await;
+    }
+    let mut held = 0;
+    while let Ok(Some(frame)) = timeout(Duration::from_secs(1), client.frame()).await {
+        held += if frame.kind == DATA { frame.payload.len() } else { 0 };
+    }
+    // What the pipe and the frame under way hold is beside it, and the newest message comes last.
+    let bound = MAX_UNSENT_BYTES + 2 * both.pem().len();
+    assert!((MAX_UNSENT_BYTES / 2..bound * 2).contains(&held), "{held} of {offered} bytes were held");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_client_is_asked_whether_it_lives_and_dropped_when_it_does_not_say() {
+    let mut host = Host::new();
+    let mut client = host.connect(WIDE);
+    client.send(&[hello(), who_am_i(1), frame(DATA, END_STREAM, 1, &[0; 5])].concat()).await;
+    answers(&mut client).await;
+    for (answers, waits) in [(true, KEEPALIVE_INTERVAL), (false, KEEPALIVE_INTERVAL)] {
+        let began = Instant::now();
+        let ping = loop {
+            let frame = client.frame().await.expect("the connection is open");
+            if frame.kind == PING && frame.flags & ACK == 0 {
+                break frame;
+            }
+        };
+        assert_eq!(began.elapsed().as_secs(), waits.as_secs());
+        if answers {
+            client.send(&frame(PING, ACK, 0, &ping.payload)).await;
+        }
+    }
+    let began = Instant::now();
+    while client.frame().await.is_some() {}
+    assert_eq!(began.elapsed().as_secs(), KEEPALIVE_TIMEOUT.as_secs());
+    host.serves_its_neighbour().await;
 }
 
 #[tokio::test(start_paused = true)]

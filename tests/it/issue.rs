@@ -43,6 +43,17 @@ fn read(path: impl AsRef<Path>) -> (String, u32) {
 }
 
 #[test]
+fn a_folder_that_watch_keeps_is_refused_before_anything_is_asked_for() {
+    let place = Place::new(vec![]);
+    fs::create_dir(place.path("tls")).unwrap();
+    std::os::unix::fs::symlink(".set", place.path("tls/..data")).unwrap();
+    let output = place.run(&["issue", "--dns", "web.example.org", "--dir", "tls"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("tls is kept fresh by `csrd watch`: choose another folder"), "{output:?}");
+    assert!(place.agent.issued().is_empty());
+}
+
+#[test]
 fn files_have_their_modes_and_the_key_is_nowhere_else() {
     let place = Place::new(vec![]);
     place.will_issue();

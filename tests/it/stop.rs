@@ -1,122 +1,27 @@
 //! What becomes of the calls under way when the agent is told to stop. Time is paused, and connections are pipes.
 
-use std::{
-    num::NonZeroU32,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::time::Duration;
 
 use csrd::{
-    attest::{Attestor, Caller, Workload},
-    clock::Clock,
-    hub::{self, Hub, Rate},
-    metrics::Metrics,
-    policy::{PolicySet, Source},
     proto::v1::{self, certificate_service_client::CertificateServiceClient, issue_certificate_response::Event},
-    server::{Engine, Limits, Server, stop},
-    signer::{Sign, SignError, Signing, SigningRequest, embedded},
-    x509::Bundle,
+    server::{Limits, stop},
+    signer::embedded,
 };
-use hyper_util::rt::TokioIo;
-use tokio::{
-    sync::watch,
-    task::JoinSet,
-    time::{Instant, sleep},
-};
-use tokio_util::sync::CancellationToken;
-use tonic::{
-    Code, Status, Streaming,
-    service::Routes,
-    transport::{Channel, Endpoint},
-};
+use tokio::time::{Instant, sleep};
+use tonic::{Code, Status, Streaming, transport::Channel};
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse, health_client::HealthClient};
 use tonic_reflection::pb::v1::{ServerReflectionRequest, server_reflection_client::ServerReflectionClient};
 
-use crate::agent::{policy_for, reason};
+use crate::{
+    agent::{policy_for, reason},
+    host::{Host, Signer, UID},
+};
 
-const UID: u32 = 1000;
 const MOMENT: Duration = Duration::from_millis(100);
 
-/// An embedded CA that takes its time.
-#[derive(Debug)]
-struct Slow {
-    ca: embedded::Embedded,
-    delay: Duration,
-}
-
-impl Sign for Slow {
-    fn name(&self) -> &str {
-        embedded::NAME
-    }
-
-    fn sign<'a>(&'a self, request: SigningRequest<'a>) -> Signing<'a> {
-        Box::pin(async move {
-            sleep(self.delay).await;
-            self.ca.sign(request).await
-        })
-    }
-
-    fn bundle(&self) -> watch::Receiver<Arc<Bundle>> {
-        self.ca.bundle()
-    }
-
-    fn ready(&self) -> Result<(), SignError> {
-        self.ca.ready()
-    }
-}
-
-struct Host {
-    server: Server,
-    stop: CancellationToken,
-    connections: JoinSet<()>,
-    _hub: JoinSet<()>,
-    _policies: watch::Sender<Arc<PolicySet>>,
-}
-
-impl Host {
-    fn new(delay: Duration, limits: Limits) -> Self {
-        let (clock, metrics) =
-            (Clock::paused(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)), Metrics::new());
-        let ca = embedded::Embedded::ephemeral(embedded::DEFAULT_CA_LIFETIME, &clock, metrics.signer("embedded"));
-        let policy = Source { origin: "test".into(), text: policy_for(&[UID]) };
-        let policies = watch::Sender::new(Arc::new(PolicySet::parse(&[policy]).unwrap()));
-        let rate = Rate { per_second: NonZeroU32::MAX, burst: NonZeroU32::MAX };
-        let hub = Hub::new(hub::Parts {
-            clock,
-            policies: policies.subscribe(),
-            signers: vec![Arc::new(Slow { ca: ca.unwrap(), delay })],
-            signer_rate: rate,
-            principal_rate: rate,
-            seed: 1,
-            metrics: metrics.clone(),
-        });
-        let stop = CancellationToken::new();
-        let mut running = JoinSet::new();
-        running.spawn(hub.clone().run(stop.clone()));
-        let engine = Engine {
-            hub,
-            attestor: Arc::new(Attestor::new()),
-            default_signer: embedded::NAME.into(),
-            operator_uid: 0,
-            limits,
-            metrics,
-            stop: stop.clone(),
-        };
-        let (_, health) = tonic_health::server::health_reporter();
-        let server = Server::new(engine, Routes::new(health));
-        Self { server, stop, connections: JoinSet::new(), _hub: running, _policies: policies }
-    }
-
-    async fn connect(&mut self) -> Channel {
-        let (client, io) = tokio::io::duplex(64 * 1024);
-        let (server, caller) = (self.server.clone(), Caller::Fixed(Arc::new(Workload::of_uid(UID))));
-        self.connections.spawn(async move { server.connection(io, UID.into(), Ok(caller)).await });
-        let mut client = Some(TokioIo::new(client));
-        let connector = tower::service_fn(move |_| {
-            std::future::ready(client.take().ok_or_else(|| std::io::Error::other("one connection")))
-        });
-        Endpoint::from_static("http://csrd").connect_with_connector(connector).await.unwrap()
-    }
+/// A host whose signer takes its time.
+fn host(delay: Duration, limits: Limits) -> Host {
+    Host::new(&policy_for(&[UID]), &[Signer::new(embedded::NAME, delay)], limits)
 }
 
 async fn watch_health(channel: &Channel) -> Result<Streaming<HealthCheckResponse>, Status> {
@@ -131,7 +36,7 @@ fn ask() -> Option<v1::CertificateRequest> {
 #[tokio::test(start_paused = true)]
 async fn an_issuance_is_delivered_if_it_lands_in_time_and_told_to_come_back_if_not() {
     for (delay, delivered) in [(stop::CALL - MOMENT, true), (stop::CALL + MOMENT, false)] {
-        let mut host = Host::new(delay, Limits::default());
+        let mut host = host(delay, Limits::default());
         let channel = host.connect().await;
         let request = v1::IssueCertificateRequest { request: ask() };
         let mut events = CertificateServiceClient::new(channel).issue_certificate(request).await.unwrap().into_inner();
@@ -168,7 +73,7 @@ async fn every_open_stream_ends_at_the_stop_and_so_does_its_connection() {
         };
         assert_eq!((status.code(), reason(&status).as_str()), (Code::Unavailable, "AGENT_STOPPING"), "{name}");
     }
-    let mut host = Host::new(Duration::ZERO, Limits::default());
+    let mut host = host(Duration::ZERO, Limits::default());
     let channel = host.connect().await;
     let mut client = CertificateServiceClient::new(channel.clone());
     let request = v1::SubscribeRequest { request: ask(), ..Default::default() };
@@ -191,7 +96,7 @@ async fn every_open_stream_ends_at_the_stop_and_so_does_its_connection() {
 
 #[tokio::test(start_paused = true)]
 async fn a_call_that_is_not_answered_yet_is_told_of_the_stop() {
-    let mut host = Host::new(stop::AGENT, Limits::default());
+    let mut host = host(stop::AGENT, Limits::default());
     let channel = host.connect().await;
     let mut client = CertificateServiceClient::new(channel);
     let request = v1::SubscribeRequest { request: ask(), ..Default::default() };
@@ -207,7 +112,7 @@ async fn a_call_that_is_not_answered_yet_is_told_of_the_stop() {
 #[tokio::test(start_paused = true)]
 async fn streams_of_every_service_are_bounded_and_their_places_come_back() {
     let limits = Limits { streams_per_principal: 2, ..Limits::default() };
-    let mut host = Host::new(Duration::ZERO, limits);
+    let mut host = host(Duration::ZERO, limits);
     let channel = host.connect().await;
     let first = watch_health(&channel).await.unwrap();
     let _second = watch_health(&channel).await.unwrap();

@@ -8,12 +8,16 @@ use tokio_stream::Stream;
 use tonic::{Code, Status};
 use tracing::Instrument as _;
 
-use super::{Call, ended};
 use crate::{
-    hub::{Event, Held, HubError, Step, Subscription},
+    hub::{Held, HubError, Step, Subscription},
     policy::Ask,
     proto::v1::{self, StageKind, issue_certificate_response},
-    server::{convert, refusal::Refusal, stop},
+    server::{
+        call::{Call, ended},
+        convert,
+        refusal::Refusal,
+        stop,
+    },
     signer::Stage,
     telemetry,
 };
@@ -60,16 +64,8 @@ pub(super) fn answers(
     let (hub, workload, span) = (call.engine.hub.clone(), call.workload.clone(), call.span.clone());
     let work = async move {
         let mut subscription = hub.issue(workload, ask, held, Arc::new(progress)).await?;
-        match subscription.next().await {
-            Event::Certificate(_, live) => {
-                let certificate = convert::certificate(&subscription.id(), &live);
-                Ok(Issued { certificate, subscription })
-            }
-            Event::Ended(error) => Err(error),
-            Event::Denied(_, denial) => Err(HubError::Denied(denial)),
-            // A new credential's first event is its certificate.
-            _ => Err(HubError::Stopping),
-        }
+        let certificate = convert::certificate(&subscription.id(), &subscription.first().await?);
+        Ok(Issued { certificate, subscription })
     };
     let work = Some(Box::pin(work.instrument(span)) as _);
     let state = State { call, stages, work, outcome: None };
@@ -110,7 +106,7 @@ async fn next(state: &mut State) -> Option<Result<v1::IssueCertificateResponse, 
 async fn deliver(call: &Call, outcome: Result<Issued, Refusal>) -> Result<v1::IssueCertificateResponse, Status> {
     let delivery = async {
         let Issued { certificate, subscription } = outcome?;
-        call.check_still(&subscription).await?;
+        call.check_still([&subscription]).await?;
         Ok(answer(issue_certificate_response::Event::Certificate(certificate)))
     };
     let delivered = delivery.instrument(tracing::debug_span!(parent: &call.span, "deliver")).await;

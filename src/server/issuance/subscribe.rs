@@ -3,15 +3,13 @@
 use futures_util::stream;
 use tokio_stream::Stream;
 use tonic::{Code, Status};
-use tracing::{Instrument as _, Span};
+use tracing::Instrument as _;
 
-use super::{Call, ended};
 use crate::{
-    hub::{Event, HubError, Subscription},
+    hub::{Event, Subscription},
     metrics::{Counted, counted},
     proto::v1::{self, subscribe_response},
-    server::{convert, refusal::Refusal},
-    telemetry,
+    server::{call::Call, convert, refusal::Refusal},
 };
 
 struct State {
@@ -65,31 +63,26 @@ async fn next(state: &mut State) -> Option<Result<v1::SubscribeResponse, Status>
         return None;
     }
     if let Some(refusal) = state.last.take() {
-        return Some(Err(ended(&state.call.span, refusal)));
+        return Some(state.call.answered(Err(refusal)));
     }
     let event = tokio::select! {
         biased;
         event = state.subscription.next() => event,
-        () = state.call.engine.stop.cancelled() => return Some(Err(ended(&state.call.span, Refusal::stopping()))),
+        () = state.call.engine.stop.cancelled() => return Some(state.call.answered(Err(Refusal::stopping()))),
     };
-    let span = state.call.span.clone();
-    let delivery = match &event {
-        Event::Certificate(_, live) if span.is_none() => telemetry::deliver_span(live.trace.as_ref()),
-        _ => tracing::debug_span!(parent: &span, "deliver"),
+    let issuance = match &event {
+        Event::Certificate(_, live) => live.trace.clone(),
+        _ => None,
     };
+    let delivery = state.call.delivery(issuance.as_ref());
     let answer = deliver(state, event).instrument(delivery).await;
-    if answer.is_ok() {
-        // The call's span ends with its first answer: what comes later belongs to the traces of the renewals.
-        telemetry::record_status(&span, Code::Ok as i32, "");
-        state.call.span = Span::none();
-    }
-    Some(answer.map_err(|refusal| ended(&span, refusal)))
+    Some(state.call.answered(answer))
 }
 
 /// Turns an event into an answer for the process that opened the stream, and no other.
 async fn deliver(state: &mut State, event: Event) -> Result<v1::SubscribeResponse, Refusal> {
     if matches!(event, Event::Certificate(..)) {
-        state.call.check_still(&state.subscription).await?;
+        state.call.check_still([&state.subscription]).await?;
     }
     let sequence = event.sequence().unwrap_or_default();
     let event = match event {
@@ -113,9 +106,9 @@ async fn deliver(state: &mut State, event: Event) -> Result<v1::SubscribeRespons
         Event::RotationDue(_, live) => subscribe_response::Event::RenewalDue(v1::RenewalDue {
             expires_at: Some(convert::timestamp(live.credential.not_after())),
         }),
-        Event::Denied(_, denial) => {
-            let (reason, message) = (denial.reason().to_owned(), denial.to_string());
-            state.last = Some(Refusal::from(&HubError::Denied(denial)));
+        Event::Denied(_, lost) => {
+            let (reason, message) = (lost.reason().to_owned(), lost.to_string());
+            state.last = Some(Refusal::from(&lost));
             subscribe_response::Event::Denied(v1::Denied { reason, message })
         }
         Event::Ended(error) => return Err(Refusal::from(&error)),

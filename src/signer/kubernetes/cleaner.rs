@@ -22,11 +22,10 @@ use super::{
     APPROVAL_TIMEOUT, CREATE_TIMEOUT, SIGNING_TIMEOUT,
     api::{CsrApi, REQUEST_TIMEOUT},
     failure::ApiError,
-    probe::Agent,
 };
 use crate::{
     clock::Clock,
-    kubernetes::{extra, label, node_label},
+    kubernetes::{Identity, extra, label, node_label},
     metrics::Metrics,
 };
 
@@ -66,16 +65,17 @@ pub(super) struct Removal {
 
 impl Cleaner {
     /// The queue, and what works it off until `stop` and then until all clones of it are gone, but no longer than
-    /// [`STOP_GRACE`]. It looks for orphans of `agent` at once and then every now and then.
+    /// [`STOP_GRACE`]. It looks for orphans of `agent` on `node` at once and then every now and then.
     pub fn new(
         client: Client,
-        agent: Arc<Agent>,
+        agent: Identity,
+        node: String,
         clock: Clock,
         metrics: Metrics,
         stop: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let (queue, doomed) = mpsc::channel(MAX_WAITING);
-        let work = Work { api: CsrApi::new(client, metrics), agent, clock };
+        let work = Arc::new(Work { api: CsrApi::new(client, metrics), agent, node, clock });
         (Self(queue), work.run(doomed, stop))
     }
 
@@ -113,17 +113,17 @@ impl Drop for Removal {
     }
 }
 
-#[derive(Clone)]
 struct Work {
     api: CsrApi,
-    agent: Arc<Agent>,
+    agent: Identity,
+    node: String,
     clock: Clock,
 }
 
 type Deletions = FuturesUnordered<BoxFuture<'static, ()>>;
 
 impl Work {
-    async fn run(self, mut queue: mpsc::Receiver<Doomed>, stop: CancellationToken) {
+    async fn run(self: Arc<Self>, mut queue: mpsc::Receiver<Doomed>, stop: CancellationToken) {
         let mut under_way = Deletions::new();
         let mut sweep = Instant::now();
         loop {
@@ -163,8 +163,8 @@ impl Work {
     }
 
     /// Deletes what no attempt can still wait for.
-    async fn sweep(self) {
-        let labels = format!("{}={},{}={}", label::MANAGED_BY, label::MANAGER, label::NODE, node_label(&self.agent.node));
+    async fn sweep(self: Arc<Self>) {
+        let labels = format!("{}={},{}={}", label::MANAGED_BY, label::MANAGER, label::NODE, node_label(&self.node));
         let found = match self.api.list(&labels, Instant::now() + REQUEST_TIMEOUT).await {
             Ok(found) => found.items,
             Err(error) => {
@@ -189,7 +189,7 @@ impl Work {
     fn is_orphan(&self, csr: &CertificateSigningRequest) -> bool {
         let spec = &csr.spec;
         let node = spec.extra.as_ref().and_then(|values| values.get(extra::NODE_NAME)).map(Vec::as_slice);
-        let ours = spec.username.as_ref() == Some(&self.agent.username) && node == self.agent.node_claim();
+        let ours = spec.username.as_ref() == Some(&self.agent.username) && node == self.agent.node.as_ref().map(std::slice::from_ref);
         let made = csr.metadata.creation_timestamp.as_ref().map(|made| made.0.into());
         let age = made.and_then(|made| self.clock.now().duration_since(made).ok());
         ours && age.is_some_and(|age| age >= ORPHAN_AGE)

@@ -1,25 +1,20 @@
-//! Who the agent is to the API server, and whether it may approve its own requests without being a danger to others.
+//! Whether an agent may approve its own requests without being a danger to others.
 //!
 //! Approving means making identities. An agent does it only where three things hold, each of which is asked of the API
 //! server and none assumed: its token says which node it is on; RBAC lets it approve for its own signers and no other;
 //! and an admission policy refuses what goes beyond its node. The policy is tried with requests that it has to
 //! refuse. That it also holds other nodes' agents back cannot be tried from here: it is one rule of the same policy.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
 
 use k8s_openapi::{
     ByteString,
     api::{
-        authentication::v1::SelfSubjectReview,
         authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec},
         certificates::v1::{CertificateSigningRequest, CertificateSigningRequestSpec},
     },
 };
-use kube::{
-    Api, Client,
-    api::PostParams,
-    core::ObjectMeta,
-};
+use kube::{Api, Client, api::PostParams, core::ObjectMeta};
 use rand::Rng as _;
 use tokio::time::{Instant, timeout};
 
@@ -29,7 +24,7 @@ use super::{
     failure::{ApiError, BUILT_IN},
 };
 use crate::{
-    kubernetes::extra,
+    kubernetes::{Identity, extra},
     metrics::Metrics,
     x509::{KeyAlgorithm, KeyError, Names, PrivateKey, Usage, pem, write},
 };
@@ -48,48 +43,13 @@ const DANGEROUS: [&str; 4] = [
     "kubernetes.io/*",
 ];
 
-/// The agent, as the API server sees it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Agent {
-    /// Its user name.
-    pub username: String,
-    /// The node that it is on.
-    pub node: String,
-    extra: BTreeMap<String, Vec<String>>,
-}
-
-impl Agent {
-    /// Asks the API server. The node is the one that the token names; one that is configured must be the same, and serves
-    /// where the token names none.
-    pub async fn review(client: &Client, configured: Option<&str>) -> Result<Self, ProbeError> {
-        let review: SelfSubjectReview = ask(client, &SelfSubjectReview::default(), "ask who the agent is").await?;
-        let user = review.status.and_then(|status| status.user_info).unwrap_or_default();
-        let (username, extra) = (user.username.unwrap_or_default(), user.extra.unwrap_or_default());
-        let claimed = match extra.get(extra::NODE_NAME).map(Vec::as_slice) {
-            Some([node]) => Some(node.as_str()),
-            _ => None,
-        };
-        let node = match (claimed, configured) {
-            (Some(claimed), Some(configured)) if claimed != configured => {
-                let (claimed, configured) = (claimed.to_owned(), configured.to_owned());
-                return Err(ProbeError::OtherNode { claimed, configured });
-            }
-            (Some(node), _) | (None, Some(node)) => node.to_owned(),
-            (None, None) => return Err(ProbeError::NoNode),
-        };
-        Ok(Self { username, node, extra })
-    }
-
-    /// The node in the token.
-    pub(super) fn node_claim(&self) -> Option<&[String]> {
-        self.extra.get(extra::NODE_NAME).map(Vec::as_slice)
-    }
-}
-
 /// Makes sure that `agent` may approve requests for `signers`, and that it may do no more.
-pub async fn probe(client: &Client, agent: &Agent, signers: &[&str], metrics: Metrics) -> Result<(), ProbeError> {
-    for claim in [extra::NODE_NAME, extra::POD_NAME, extra::POD_UID] {
-        if agent.extra.get(claim).is_none_or(|values| values.len() != 1) {
+///
+/// # Errors
+/// Whatever is missing or too much; what to do about it. An agent must then not approve.
+pub async fn probe(client: &Client, agent: &Identity, signers: &[&str], metrics: Metrics) -> Result<(), ProbeError> {
+    for (claim, value) in [(extra::NODE_NAME, &agent.node), (extra::POD_UID, &agent.pod_uid)] {
+        if value.is_none() {
             return Err(ProbeError::Unbound { claim });
         }
     }
@@ -144,7 +104,10 @@ async fn may(client: &Client, attributes: ResourceAttributes) -> Result<bool, Pr
     let resource_attributes = Some(ResourceAttributes { group: Some("certificates.k8s.io".to_owned()), ..attributes });
     let spec = SelfSubjectAccessReviewSpec { resource_attributes, ..SelfSubjectAccessReviewSpec::default() };
     let review = SelfSubjectAccessReview { spec, ..SelfSubjectAccessReview::default() };
-    let review: SelfSubjectAccessReview = ask(client, &review, "ask what the agent may do").await?;
+    let reviews: Api<SelfSubjectAccessReview> = Api::all(client.clone());
+    let answer = timeout(REQUEST_TIMEOUT, reviews.create(&PostParams::default(), &review)).await;
+    let answer = answer.map_or(Err(ApiError::Timeout), |answer| answer.map_err(ApiError::of_client));
+    let review = answer.map_err(|source| ProbeError::Api { action: "ask what the agent may do", source })?;
     Ok(review.status.is_some_and(|status| status.allowed))
 }
 
@@ -203,17 +166,6 @@ fn soon() -> Instant {
     Instant::now() + REQUEST_TIMEOUT
 }
 
-/// A review, which the API server answers and does not keep.
-async fn ask<K>(client: &Client, review: &K, action: &'static str) -> Result<K, ProbeError>
-where
-    K: kube::Resource<DynamicType = ()> + serde::Serialize + serde::de::DeserializeOwned + Clone + std::fmt::Debug,
-{
-    let api: Api<K> = Api::all(client.clone());
-    let answer = timeout(REQUEST_TIMEOUT, api.create(&PostParams::default(), review)).await;
-    let answer = answer.map_or(Err(ApiError::Timeout), |answer| answer.map_err(ApiError::of_client));
-    answer.map_err(|source| ProbeError::Api { action, source })
-}
-
 /// Why an agent does not start, or does not approve.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ProbeError {
@@ -224,17 +176,6 @@ pub enum ProbeError {
         action: &'static str,
         /// Its answer.
         source: ApiError,
-    },
-    /// Neither the token nor the configuration says which node this is.
-    #[error("the agent's credentials name no node: run it in a pod on Kubernetes 1.32 or newer, or give kubernetes.node")]
-    NoNode,
-    /// The two disagree.
-    #[error("kubernetes.node is {configured:?}, and the agent's token is of a pod on node {claimed:?}")]
-    OtherNode {
-        /// In the token.
-        claimed: String,
-        /// In the configuration.
-        configured: String,
     },
     /// A token that is not bound to a pod, or an API server that does not say so.
     #[error("approval: agent needs a token that is bound to a pod on a node; the API server shows no {claim} for this one")]

@@ -5,9 +5,9 @@ use std::{path::Path, time::Duration};
 use csrd::{
     clock::Clock,
     hub::with_causes,
-    kubernetes::connect,
+    kubernetes::{self, connect},
     metrics::Metrics,
-    signer::kubernetes::{Agent, Approval, ProbeError, probe},
+    signer::kubernetes::{Approval, ProbeError, probe},
 };
 use k8s_openapi::api::{
     admissionregistration::v1::ValidatingAdmissionPolicyBinding,
@@ -60,7 +60,7 @@ async fn apply(cluster: &ControlPlane, file: &str) {
 
 /// What the probe says, once it no longer says what is `passing`: roles and policies take a moment to be in force.
 async fn probed(client: &Client, passing: fn(&ProbeError) -> bool) -> Result<(), ProbeError> {
-    let agent = Agent::review(client, None).await.unwrap();
+    let agent = kubernetes::Identity::ask(client).await.unwrap();
     let settled = async {
         loop {
             match probe(client, &agent, &[SIGNER], Metrics::new()).await {
@@ -81,12 +81,8 @@ async fn an_agent_approves_only_where_token_rbac_and_admission_hold_it_to_its_no
     // A token that no pod is bound to.
     let unbound = Identity::Token(cluster.unbound_token(NAMESPACE, ACCOUNT, &[]).await);
     let unbound = client(cluster, &unbound).await;
-    assert_eq!(Agent::review(&unbound, None).await.unwrap_err(), ProbeError::NoNode);
-    let configured = Agent::review(&unbound, Some("first")).await.unwrap();
-    let error = probe(&unbound, &configured, &[SIGNER], Metrics::new()).await.unwrap_err();
-    assert!(matches!(error, ProbeError::Unbound { .. }), "{error:?}");
-    let error = Agent::review(&agent, Some("another")).await.unwrap_err();
-    assert!(matches!(error, ProbeError::OtherNode { .. }), "{error:?}");
+    let error = probed(&unbound, |_| false).await.unwrap_err();
+    assert_eq!(error, ProbeError::Unbound { claim: kubernetes::extra::NODE_NAME });
 
     // RBAC: nothing, too much in two ways, and enough.
     assert_eq!(probed(&agent, |_| false).await, Err(ProbeError::MayNotPatch));
@@ -124,7 +120,7 @@ async fn an_agent_approves_only_where_token_rbac_and_admission_hold_it_to_its_no
     assert!(matches!(probed(&agent, |_| false).await, Err(ProbeError::NotInForce { .. })));
     apply(cluster, "admission.yaml").await;
     probed(&agent, |error| matches!(error, ProbeError::NotInForce { .. })).await.unwrap();
-    let reviewed = Agent::review(&agent, None).await.unwrap();
+    let reviewed = kubernetes::Identity::ask(&agent).await.unwrap();
     let error = probe(&agent, &reviewed, &["kubernetes.io/kube-apiserver-client"], Metrics::new()).await.unwrap_err();
     assert!(matches!(error, ProbeError::BuiltIn { .. }), "{error:?}");
 

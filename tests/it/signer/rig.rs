@@ -6,12 +6,12 @@ use csrd::{
     attest::{PodFacts, Workload},
     clock::Clock,
     issue::{Credential, IssueError, issue},
-    kubernetes::connect,
+    kubernetes::{self, connect},
     metrics::Metrics,
     policy::Grant,
     signer::{
         Stage,
-        kubernetes::{Agent, Approval, Cleaner, Kubernetes, Parts},
+        kubernetes::{Approval, Cleaner, Kubernetes, Parts},
     },
     x509::{Bundle, Csr, DnsName, KeyAlgorithm, Names, Usage, Usages},
 };
@@ -45,7 +45,8 @@ pub(super) struct Rig {
     /// The agent's own way to the API server.
     pub(super) client: Client,
     pub(super) admin: Api<CertificateSigningRequest>,
-    pub(super) agent: Arc<Agent>,
+    pub(super) agent: kubernetes::Identity,
+    pub(super) node: String,
     pub(super) workload: Workload,
     pub(super) pod: Pod,
     pub(super) metrics: Metrics,
@@ -72,16 +73,17 @@ impl Rig {
     ) -> Self {
         let client = connect(Some(&access.kubeconfig(&identity))).await.unwrap();
         let straight = connect(Some(&cluster.access.kubeconfig(&identity))).await.unwrap();
-        let agent = Arc::new(Agent::review(&straight, None).await.unwrap());
+        let agent = kubernetes::Identity::ask(&straight).await.unwrap();
+        let node = agent.node(None).unwrap();
         let (metrics, stop) = (Metrics::new(), CancellationToken::new());
         let (cleaner, cleaning) =
-            Cleaner::new(client.clone(), agent.clone(), clock, metrics.clone(), stop.clone());
+            Cleaner::new(client.clone(), agent.clone(), node.clone(), clock, metrics.clone(), stop.clone());
         let facts = PodFacts {
             namespace: pod.namespace().unwrap(),
             name: pod.name_any(),
             uid: pod.uid().unwrap(),
             service_account: "default".to_owned(),
-            node: agent.node.clone(),
+            node: node.clone(),
             labels: Default::default(),
             namespace_labels: Default::default(),
             ips: Vec::new(),
@@ -93,6 +95,7 @@ impl Rig {
             client,
             admin: Api::all(cluster.admin().await),
             agent,
+            node,
             workload: Workload::of_pod(facts),
             pod: pod.clone(),
             metrics,
@@ -122,7 +125,7 @@ impl Rig {
             client: self.client.clone(),
             signer: name.to_owned(),
             approval: Approval::Elsewhere,
-            node: self.agent.node.clone(),
+            node: self.node.clone(),
             roots,
             roots_from,
             cleaner: self.cleaner.clone(),

@@ -1,0 +1,87 @@
+//! One watch, for as long as somebody follows it: every change, and after each list the whole.
+
+use std::{fmt::Debug, pin::pin, time::Duration};
+
+use futures_util::StreamExt as _;
+use kube::{
+    Api, Resource,
+    runtime::watcher::{self, Event},
+};
+use rand::{SeedableRng as _, rngs::StdRng};
+use serde::de::DeserializeOwned;
+use tokio::time::sleep;
+
+use crate::{backoff::Backoff, kubernetes};
+
+/// Between tries while the API server is away: seldom enough for a cluster of agents, and soon after it is back.
+const RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(10));
+
+/// What has happened to objects of one kind.
+#[derive(Debug)]
+pub(super) enum Change<T> {
+    /// One is new or other than it was.
+    Put(T),
+    /// One is gone.
+    Gone(T),
+    /// These are all.
+    All(Vec<T>),
+    /// The API server does not say, for this reason; what is known stays.
+    Silent(String),
+}
+
+/// Hands over each change, for ever. Each object is cut down by `read` as soon as it arrives.
+pub(super) async fn follow<K, T>(
+    api: Api<K>,
+    config: watcher::Config,
+    read: fn(K) -> T,
+    mut apply: impl FnMut(Change<T>),
+) where
+    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static,
+{
+    let (mut listed, mut failures, mut random) = (Vec::new(), 0, StdRng::from_os_rng());
+    let mut events = pin!(watcher::watcher(api, config));
+    let what = K::plural(&());
+    while let Some(event) = events.next().await {
+        match event {
+            Ok(event) => {
+                if std::mem::take(&mut failures) > 0 {
+                    tracing::info!(%what, "the API server tells again");
+                }
+                match event {
+                    Event::Apply(object) => apply(Change::Put(read(object))),
+                    Event::Delete(object) => apply(Change::Gone(read(object))),
+                    Event::Init => listed = Vec::new(),
+                    Event::InitApply(object) => listed.push(read(object)),
+                    Event::InitDone => apply(Change::All(std::mem::take(&mut listed))),
+                }
+            }
+            Err(error) => {
+                let reason = said(&error, &K::group(&()), &what);
+                if failures == 0 {
+                    tracing::warn!(%what, reason, "the API server does not tell; what is known stays");
+                }
+                apply(Change::Silent(reason));
+                failures += 1;
+                sleep(RETRY.delay(failures, &mut random)).await;
+            }
+        }
+    }
+}
+
+/// What the API server said, and what is missing if it forbids.
+fn said(error: &watcher::Error, group: &str, what: &str) -> String {
+    use watcher::Error::{InitialListFailed, NoResourceVersion, WatchError, WatchFailed, WatchStartFailed};
+    match error {
+        InitialListFailed(error) | WatchStartFailed(error) | WatchFailed(error) => {
+            let said = kubernetes::said(error);
+            match error {
+                kube::Error::Api(status) if status.is_forbidden() => format!(
+                    "{said}; the ClusterRole needs {{apiGroups: [{group:?}], resources: [{what}], verbs: [list, watch]}}"
+                ),
+                _ => said,
+            }
+        }
+        WatchError(status) => status.message.clone(),
+        NoResourceVersion => error.to_string(),
+    }
+}

@@ -1,0 +1,234 @@
+//! ServiceAccount tokens: the API server says whose one is.
+//!
+//! A token counts when the API server accepts it for our own audience (so that it is worth nothing there, and one made
+//! for the API server is worth nothing here), when it is bound to a pod, and when that pod is on this node. It is never
+//! logged, shown or kept: verdicts are kept by its hash, for [`VERDICT_HOLDS_FOR`], because a token ends with its pod.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, UserInfo};
+use kube::{Api, Client, api::PostParams};
+use tokio::{
+    sync::{OnceCell, Semaphore},
+    time::{Instant, timeout},
+};
+use zeroize::Zeroizing;
+
+use crate::kubernetes::{self, extra};
+
+/// How long a verdict is used again.
+pub const VERDICT_HOLDS_FOR: Duration = Duration::from_secs(10);
+/// Verdicts kept; the oldest makes room.
+pub const MAX_VERDICTS: usize = 1024;
+/// Reviews under way at once; more wait.
+pub const MAX_REVIEWS: usize = 8;
+/// How long a review may take, waiting for its turn included.
+pub const REVIEW_TIMEOUT: Duration = Duration::from_secs(5);
+/// Bytes of a token.
+pub const MAX_TOKEN_BYTES: usize = 8 * 1024;
+
+/// The group of all ServiceAccounts, and of nobody else.
+const SERVICE_ACCOUNTS: &str = "system:serviceaccounts";
+
+/// A token as it was sent.
+#[derive(Clone)]
+pub struct Token(Zeroizing<String>);
+
+/// Reviews tokens.
+pub struct Tokens {
+    client: Client,
+    audience: String,
+    node: String,
+    verdicts: Mutex<HashMap<[u8; 32], Review>>,
+    under_way: Semaphore,
+}
+
+/// One review, of which the outcome is shared by all who ask meanwhile.
+#[derive(Clone)]
+struct Review {
+    begun: Instant,
+    verdict: Arc<OnceCell<Result<Bearer, TokenError>>>,
+}
+
+/// Whose a token is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Bearer {
+    pub(super) pod_uid: String,
+}
+
+/// Why a token does not count.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum TokenError {
+    /// The header is no bearer token.
+    #[error("authorization: one header \"Bearer TOKEN\" is expected, with a token of at most {MAX_TOKEN_BYTES} bytes")]
+    Malformed,
+    /// The API server does not know it.
+    #[error("the API server does not accept the token for audience {audience:?}: {why}")]
+    NotAccepted {
+        /// Ours.
+        audience: String,
+        /// The API server's words.
+        why: String,
+    },
+    /// It is nobody's, or anybody's.
+    #[error("the token is not bound to a pod; mount a projected ServiceAccount token")]
+    NotBound,
+    /// It is bound to a pod of another node.
+    #[error("the token is bound to a pod of another node")]
+    OtherNode,
+    /// The kernel says that the caller is in another pod.
+    #[error("the token is of another pod than the calling process, which the kernel tells by its cgroup")]
+    OtherPod,
+    /// The kernel says that the caller is in no pod.
+    #[error("the token is of a pod and the calling process is in none; leave out the authorization header")]
+    NotInPod,
+    /// The API server did not answer.
+    #[error("the API server does not review the token: {why}")]
+    NotReviewed {
+        /// Why not.
+        why: String,
+    },
+}
+
+impl Token {
+    /// The token in the values of the authorization headers of one call, if there are any.
+    ///
+    /// # Errors
+    /// [`TokenError::Malformed`].
+    pub fn in_headers<'a>(mut values: impl Iterator<Item = &'a [u8]>) -> Result<Option<Self>, TokenError> {
+        let Some(value) = values.next() else { return Ok(None) };
+        let (scheme, token) = value.split_at_checked("Bearer ".len()).ok_or(TokenError::Malformed)?;
+        let allowed = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~+/=".contains(byte);
+        let well_formed = scheme.eq_ignore_ascii_case(b"Bearer ")
+            && (1..=MAX_TOKEN_BYTES).contains(&token.len())
+            && token.iter().all(allowed)
+            && values.next().is_none();
+        if !well_formed {
+            return Err(TokenError::Malformed);
+        }
+        let token = str::from_utf8(token).map_err(|_| TokenError::Malformed)?;
+        Ok(Some(Self(Zeroizing::new(token.to_owned()))))
+    }
+
+    fn sha256(&self) -> [u8; 32] {
+        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, self.0.as_bytes());
+        digest.as_ref().try_into().expect("SHA-256 has 32 bytes")
+    }
+}
+
+impl Tokens {
+    /// Reviews tokens for `audience`, of pods of `node`.
+    pub fn new(client: Client, audience: String, node: String) -> Self {
+        let (verdicts, under_way) = (Mutex::default(), Semaphore::new(MAX_REVIEWS));
+        Self { client, audience, node, verdicts, under_way }
+    }
+
+    /// Whose `token` is, by a verdict of at most [`VERDICT_HOLDS_FOR`] ago.
+    pub(super) async fn review(&self, token: &Token) -> Result<Bearer, TokenError> {
+        let key = token.sha256();
+        let Review { verdict, .. } = self.begun(key);
+        let outcome = verdict.get_or_init(|| self.ask(token)).await.clone();
+        if outcome.as_ref().is_err_and(TokenError::is_transient) {
+            self.lock().retain(|_, review| !Arc::ptr_eq(&review.verdict, &verdict));
+        }
+        outcome
+    }
+
+    /// The review of that token that is at hand, or a new one.
+    fn begun(&self, key: [u8; 32]) -> Review {
+        let mut verdicts = self.lock();
+        if let Some(review) = verdicts.get(&key).filter(|review| review.begun.elapsed() < VERDICT_HOLDS_FOR) {
+            return review.clone();
+        }
+        if verdicts.len() >= MAX_VERDICTS {
+            verdicts.retain(|_, review| review.begun.elapsed() < VERDICT_HOLDS_FOR);
+        }
+        if verdicts.len() >= MAX_VERDICTS
+            && let Some(oldest) = verdicts.iter().min_by_key(|(_, review)| review.begun).map(|(key, _)| *key)
+        {
+            verdicts.remove(&oldest);
+        }
+        let review = Review { begun: Instant::now(), verdict: Arc::default() };
+        verdicts.insert(key, review.clone());
+        review
+    }
+
+    async fn ask(&self, token: &Token) -> Result<Bearer, TokenError> {
+        let not_reviewed = |why: String| TokenError::NotReviewed { why };
+        let review = TokenReview {
+            spec: TokenReviewSpec { audiences: Some(vec![self.audience.clone()]), token: token.0.as_str().to_owned() },
+            ..TokenReview::default()
+        };
+        let reviews = Api::<TokenReview>::all(self.client.clone());
+        let answer = async {
+            let _turn = self.under_way.acquire().await.expect("it is never closed");
+            reviews.create(&PostParams::default(), &review).await
+        };
+        let answered = timeout(REVIEW_TIMEOUT, answer).await;
+        let answered =
+            answered.map_err(|_| not_reviewed(format!("no answer within {} s", REVIEW_TIMEOUT.as_secs())))?;
+        let status = answered.map_err(|error| not_reviewed(kubernetes::said(&error)))?.status.unwrap_or_default();
+        let not_accepted = |why: String| TokenError::NotAccepted { audience: self.audience.clone(), why };
+        if status.authenticated != Some(true) {
+            return Err(not_accepted(status.error.unwrap_or_else(|| "it gives no reason".to_owned())));
+        }
+        if !status.audiences.unwrap_or_default().contains(&self.audience) {
+            return Err(not_accepted("it does not say that the token is for this audience".to_owned()));
+        }
+        self.bearer(status.user.unwrap_or_default())
+    }
+
+    fn bearer(&self, user: UserInfo) -> Result<Bearer, TokenError> {
+        let of_service_account = user.groups.unwrap_or_default().iter().any(|group| group == SERVICE_ACCOUNTS);
+        let mut extra = user.extra.unwrap_or_default();
+        let mut one = |key| extra.remove(key).filter(|values| values.len() == 1).and_then(|mut values| values.pop());
+        let (Some(pod_uid), true) = (one(extra::POD_UID), of_service_account) else { return Err(TokenError::NotBound) };
+        if one(extra::NODE_NAME).as_ref() == Some(&self.node) {
+            Ok(Bearer { pod_uid })
+        } else {
+            Err(TokenError::OtherNode)
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<[u8; 32], Review>> {
+        self.verdicts.lock().expect("no code panics while it holds the verdicts")
+    }
+}
+
+impl TokenError {
+    /// A stable name for metrics and for `google.rpc.ErrorInfo`.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Malformed => "TOKEN_MALFORMED",
+            Self::NotAccepted { .. } => "TOKEN_NOT_ACCEPTED",
+            Self::NotBound => "TOKEN_NOT_BOUND",
+            Self::OtherNode => "TOKEN_OF_OTHER_NODE",
+            Self::OtherPod => "TOKEN_OF_OTHER_POD",
+            Self::NotInPod => "TOKEN_OUTSIDE_POD",
+            Self::NotReviewed { .. } => "TOKEN_NOT_REVIEWED",
+        }
+    }
+
+    /// Whether the same call may succeed later.
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::NotReviewed { .. })
+    }
+}
+
+/// Without the token.
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Token(..)")
+    }
+}
+
+impl fmt::Debug for Tokens {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tokens").field("audience", &self.audience).field("node", &self.node).finish_non_exhaustive()
+    }
+}

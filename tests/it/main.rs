@@ -20,6 +20,7 @@ mod openssl;
 mod raw_h2;
 mod sds;
 mod signer;
+mod scratch;
 mod start;
 mod stop;
 mod telemetry;

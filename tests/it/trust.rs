@@ -94,7 +94,7 @@ async fn a_clustertrustbundle_is_followed_in_its_newest_version() {
     let Some(cluster) = ControlPlane::shared().await else { return };
     let name = unique("roots");
     let client = connect(Some(&cluster.kubeconfig())).await.unwrap();
-    let mut bundle = Followed::new(client, Source::ClusterTrustBundle { name: name.clone() });
+    let mut bundle = Followed::new(client, Source::ClusterTrustBundle(name.clone()));
     let (first, second) = (root(), root());
     let _: ClusterTrustBundle =
         cluster.create(json!({"metadata": {"name": name}, "spec": {"trustBundle": first}})).await;
@@ -111,7 +111,7 @@ async fn a_clustertrustbundle_of_an_older_cluster_is_followed_too() {
     let apiserver = vec![format!("--runtime-config={groups}"), "--feature-gates=ClusterTrustBundle=true".to_owned()];
     let Some(cluster) = ControlPlane::start(Options { apiserver, ..Options::default() }).await else { return };
     let client = connect(Some(&cluster.kubeconfig())).await.unwrap();
-    let mut bundle = Followed::new(client, Source::ClusterTrustBundle { name: "roots".into() });
+    let mut bundle = Followed::new(client, Source::ClusterTrustBundle("roots".into()));
     let first = root();
     let _: k8s_openapi::api::certificates::v1beta1::ClusterTrustBundle =
         cluster.create(json!({"metadata": {"name": "roots"}, "spec": {"trustBundle": first}})).await;

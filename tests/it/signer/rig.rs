@@ -107,7 +107,7 @@ impl Rig {
 
     /// The signer of that name, whose certificates `roots` verify.
     pub(super) fn signer(&self, name: &str, roots: &str) -> Kubernetes {
-        self.signer_with(name, roots, Approval::Elsewhere)
+        self.signer_with(name, roots, Approval::Controller)
     }
 
     pub(super) fn signer_with(&self, name: &str, roots: &str, approval: Approval) -> Kubernetes {
@@ -124,7 +124,7 @@ impl Rig {
         Parts {
             client: self.client.clone(),
             signer: name.to_owned(),
-            approval: Approval::Elsewhere,
+            approval: Approval::Controller,
             node: self.node.clone(),
             roots,
             roots_from,

@@ -36,7 +36,19 @@ const TABLE: &[(&str, &[&str])] = &[
     ("issue", &["attest::workload", "policy", "x509", "signer", "clock"]),
     (
         "hub",
-        &["attest::workload", "policy", "x509", "signer", "issue", "clock", "backoff", "rate", "metrics", "telemetry", "attest::pods"],
+        &[
+            "attest::workload",
+            "policy",
+            "x509",
+            "signer",
+            "issue",
+            "clock",
+            "backoff",
+            "rate",
+            "metrics",
+            "telemetry",
+            "attest::pods",
+        ],
     ),
     (
         "server",

@@ -73,6 +73,7 @@ async fn start(config: config::controller::Controller, stop: CancellationToken) 
         signer: config.signer,
         ca: config.ca,
         approves: config.approve,
+        kubelet_serving: config.kubelet_serving,
         agent: (config.namespace.clone(), config.agent),
         namespace: config.namespace,
         bundle_namespaces: config.bundle_namespaces,

@@ -12,7 +12,7 @@ use k8s_openapi::{
     ByteString,
     api::{
         certificates::v1::{CertificateSigningRequest, CertificateSigningRequestCondition},
-        core::v1::Pod,
+        core::v1::{Node, Pod},
     },
 };
 use kube::{
@@ -29,8 +29,9 @@ use tracing::{Instrument as _, debug_span, field::Empty};
 
 use super::{
     denials::Denials,
+    kubelet::{self, Kubelet},
     queue::{Outcome, Turn},
-    verdict::{Approval, Claim, PodName, Refusal, Request, Rules},
+    verdict::{Approval, Asked, Claim, PodName, Refusal, Request, Rules},
 };
 use crate::{
     attest::{Workload, pods::Pods},
@@ -52,8 +53,10 @@ pub const MAX_MESSAGE_BYTES: usize = 1024;
 /// Between tries of a request that could not be answered.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
 
-/// The reason of an approval.
-const APPROVED: &str = "ALLOWED_BY_POLICY";
+/// Why a pod's request is approved.
+const ALLOWED: &str = "ALLOWED_BY_POLICY";
+/// Why a kubelet's is.
+const NODES_OWN: &str = "NODES_OWN_ADDRESSES";
 
 /// Everything that an answer needs.
 pub(super) struct Answers {
@@ -123,8 +126,15 @@ impl Answers {
 
     /// False for a refusal that is to be looked at again.
     async fn try_answer(&self, request: &mut Request, failures: u32) -> Result<bool, AnswerError> {
-        let verdict = match &request.claim {
-            Ok(claim) => self.judge(claim).await?,
+        let verdict = match &request.asked {
+            Ok(Asked::Pod(claim)) => self.judge(claim).await?,
+            Ok(Asked::Kubelet(kubelet)) => match self.judge_kubelet(kubelet).await? {
+                Ok(()) => {
+                    let message = format!("every name is an address of Node {}", kubelet.node);
+                    return self.approve(request, NODES_OWN, &message).await.map(|()| true);
+                }
+                Err(refusal) => Err(Refusal::Kubelet(refusal).into()),
+            },
             Err(refusal) => Err(refusal.clone().into()),
         };
         match verdict {
@@ -149,6 +159,14 @@ impl Answers {
         })
     }
 
+    async fn judge_kubelet(&self, kubelet: &Kubelet) -> Result<Result<(), kubelet::Refusal>, AnswerError> {
+        let node = within(Api::<Node>::all(self.client.clone()).get_opt(&kubelet.node)).await?;
+        Ok(match node {
+            Some(node) => kubelet.judge(&node.status.and_then(|status| status.addresses).unwrap_or_default()),
+            None => Err(kubelet::Refusal::NodeGone { node: kubelet.node.clone() }),
+        })
+    }
+
     /// The live pod of that UID; `None` once the API server itself says that there is none.
     async fn find(&self, pod: &PodName) -> Result<Option<Arc<Workload>>, AnswerError> {
         if let Some(workload) = self.pods.by_uid(&pod.uid) {
@@ -169,11 +187,7 @@ impl Answers {
     async fn allow(&self, request: &mut Request, approval: Approval, workload: &Workload) -> Result<(), AnswerError> {
         if !request.approved {
             let message = format!("policy {:?} allows it for {workload}", approval.grant.policy());
-            let approved = self.answer_with(request, "Approved", APPROVED, &message).instrument(write_span("approve"));
-            request.version = approved.await?.metadata.resource_version.unwrap_or_default();
-            request.approved = true;
-            self.metrics.csr_verdicts.good();
-            tracing::info!(request = request.name, policy = approval.grant.policy(), pod = %workload, "approved");
+            self.approve(request, ALLOWED, &message).await?;
         }
         if approval.grant.signer() != self.rules.signer {
             return Ok(());
@@ -185,6 +199,15 @@ impl Answers {
             Err(error) => self.signed.failed(error.reason(), started.elapsed()),
         }
         written
+    }
+
+    async fn approve(&self, request: &mut Request, reason: &str, message: &str) -> Result<(), AnswerError> {
+        let approved = self.answer_with(request, "Approved", reason, message).instrument(write_span("approve"));
+        request.version = approved.await?.metadata.resource_version.unwrap_or_default();
+        request.approved = true;
+        self.metrics.csr_verdicts.good();
+        tracing::info!(request = request.name, reason, "approved: {message}");
+        Ok(())
     }
 
     async fn sign(&self, request: &Request, approval: Approval, workload: &Workload) -> Result<(), AnswerError> {
@@ -355,6 +378,7 @@ mod tests {
                 signer: "csrd.dev/workload".into(),
                 approves: BTreeSet::new(),
                 agent: ("csrd-system".into(), "csrd-agent".into()),
+                kubelet_serving: false,
             },
             pods: Pods::new(Scope::Cluster, clock.clone()),
             policies: watch::channel(Arc::default()).1,
@@ -376,7 +400,7 @@ mod tests {
             node: "n1".into(),
             approved,
             traceparent: None,
-            claim: Err(Refusal::Expiration),
+            asked: Err(Refusal::Expiration),
         };
         Turn { request: Box::new(request), failures: 0 }
     }

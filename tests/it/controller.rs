@@ -17,7 +17,7 @@ use csrd::{
 use http::StatusCode;
 use k8s_openapi::api::{
     certificates::v1::{CertificateSigningRequest as Request, ClusterTrustBundle},
-    core::v1::{ConfigMap, Namespace, Secret},
+    core::v1::{ConfigMap, Namespace, Node, Secret},
     events::v1::Event,
 };
 use kube::{
@@ -28,9 +28,9 @@ use opentelemetry_proto::tonic::trace::v1::Span;
 use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
 
-use self::deployment::{Answer, Deployment, NEVER, account, make, pkcs10};
+use self::deployment::{Answer, Deployment, NEVER, account, make, pkcs10, pkcs10_of};
 use crate::{
-    cluster::Identity,
+    cluster::{Identity, unique},
     telemetry::{Collector, Received},
 };
 
@@ -218,6 +218,37 @@ async fn requests_for_another_signer_are_approved_where_the_controller_is_told_t
         panic!("it is not signed")
     };
     assert_eq!(approval.reason.as_deref(), Some("ALLOWED_BY_POLICY"));
+}
+
+#[tokio::test]
+async fn a_kubelets_own_serving_certificate_is_approved_where_the_controller_is_told_to() {
+    let Some(deployment) = Deployment::new().await else { return };
+    let signer = "kubernetes.io/kubelet-serving";
+    deployment.let_approve(signer).await;
+    let node = &deployment.nodes[0];
+    let nodes: Api<Node> = Api::all(deployment.admin.clone());
+    let addresses = json!({"status": {"addresses": [{"type": "InternalDNS", "address": "n1.example.org"}]}});
+    nodes.patch_status(node, &PatchParams::default(), &Patch::Merge(&addresses)).await.unwrap();
+    let user = format!("system:node:{node}");
+    let kubelet = deployment.cluster.access.client(&deployment.cluster.user(&user, Some("system:nodes"))).await;
+    let request = |name: &str| {
+        json!({"metadata": {"name": unique("kubelet")}, "spec": {
+            "request": pkcs10_of(&user, "system:nodes", name),
+            "signerName": signer,
+            "usages": ["digital signature", "server auth"],
+        }})
+    };
+    let left = make(&deployment.admin, request("n1.example.org")).await.unwrap();
+    let _controller = deployment.controller("kubeletServing: true").await;
+    let Answer::Signed { approval, .. } = deployment.ask(&kubelet, request("n1.example.org")).await else {
+        panic!("it is not signed")
+    };
+    assert_eq!(approval.reason.as_deref(), Some("NODES_OWN_ADDRESSES"));
+    let words = "\"kubernetes.default.svc\" is no address of Node";
+    denied(deployment.ask(&kubelet, request("kubernetes.default.svc")).await, "NAME_NOT_ALLOWED", words);
+    let requests: Api<Request> = Api::all(deployment.admin.clone());
+    let now = requests.get(&left.name_any()).await.unwrap();
+    assert_eq!(now.resource_version(), left.resource_version(), "it was made by no node");
 }
 
 #[tokio::test]

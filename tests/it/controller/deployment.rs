@@ -21,7 +21,7 @@ use kube::{
     Api, Client, ResourceExt as _,
     api::{DynamicObject, Patch, PatchParams, PostParams},
 };
-use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType};
+use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, SanType};
 use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
 
@@ -140,9 +140,10 @@ impl Deployment {
         timeout(NEVER, said).await.expect("the policy's status")
     }
 
-    /// Lets the controller approve for a signer of others.
+    /// Lets the controller approve for a signer of others, and see nodes.
     pub(crate) async fn let_approve(&self, signer: &str) {
-        let rules = json!([{"apiGroups": ["certificates.k8s.io"], "resources": ["signers"], "resourceNames": [signer], "verbs": ["approve"]}]);
+        let rules = json!([{"apiGroups": ["certificates.k8s.io"], "resources": ["signers"], "resourceNames": [signer], "verbs": ["approve"]},
+            {"apiGroups": [""], "resources": ["nodes"], "verbs": ["get"]}]);
         self.allow("csrd-controller", rules).await;
     }
 
@@ -284,8 +285,20 @@ pub(crate) async fn make(client: &Client, request: Value) -> kube::Result<Reques
 
 /// A PKCS#10 request with one URI, or DNS name, and a key of its own.
 pub(crate) fn pkcs10(name: &str) -> ByteString {
+    request_for(DistinguishedName::new(), name)
+}
+
+/// One with this user and group as its subject.
+pub(crate) fn pkcs10_of(user: &str, group: &str, name: &str) -> ByteString {
+    let mut subject = DistinguishedName::new();
+    subject.push(DnType::OrganizationName, group);
+    subject.push(DnType::CommonName, user);
+    request_for(subject, name)
+}
+
+fn request_for(subject: DistinguishedName, name: &str) -> ByteString {
     let mut params = CertificateParams::default();
-    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name = subject;
     params.subject_alt_names = vec![match name.contains("://") {
         true => SanType::URI(name.try_into().unwrap()),
         false => SanType::DnsName(name.try_into().unwrap()),

@@ -28,10 +28,11 @@ use crate::{
     attest::{self, Attestor, Pods, token::Tokens},
     clock::Clock,
     config::RateFile,
-    hub::{self, Hub, Rate},
+    hub::{self, Hub},
     metrics::Metrics,
     policy::PolicySet,
     proto::v1::certificate_service_server::SERVICE_NAME,
+    rate::Rate,
     server::{
         self, Engine, Server,
         admin::{Admin, Readiness},

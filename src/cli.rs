@@ -6,6 +6,7 @@
 
 pub mod agent;
 pub mod completion;
+pub mod controller;
 pub mod crd;
 pub mod demo;
 pub mod issue;
@@ -50,6 +51,7 @@ struct Cli {
 enum Command {
     Demo(demo::Args),
     Agent(agent::Args),
+    Controller(controller::Args),
     Issue(issue::Args),
     Watch(watch::Args),
     Whoami(whoami::Args),
@@ -115,6 +117,7 @@ impl Command {
         match self {
             Self::Demo(args) => demo::run(args).await,
             Self::Agent(args) => agent::run(args).await,
+            Self::Controller(args) => controller::run(args).await,
             Self::Issue(args) => traced(issue::run(args)).await,
             Self::Watch(args) => traced(watch::run(args)).await,
             Self::Whoami(args) => traced(whoami::run(args)).await,

@@ -36,13 +36,13 @@ use crate::{
     issue::IssueError,
     metrics::{Metrics, SignerMetrics},
     policy::{self, Ask, Denial, Grant, PolicySet},
+    rate::{Buckets, Rate},
     signer::{Sign, Stage},
     x509::{Bundle, Csr},
 };
 
 pub use entry::{Delay, Live};
 pub use following::Following;
-pub use queue::Rate;
 pub use state::Row;
 pub use subscription::{Event, Subscription};
 
@@ -105,7 +105,7 @@ struct Shared {
     pods: Option<Pods>,
     signers: HashMap<String, Signer>,
     metrics: Metrics,
-    principals: queue::KeyedLimiter,
+    principals: Buckets<u64>,
     /// Tells `run` that there is something to start or an earlier moment to wake at.
     wake: Notify,
     state: Mutex<State>,
@@ -167,7 +167,7 @@ impl Hub {
             pods: parts.pods,
             signers,
             metrics: parts.metrics,
-            principals: queue::keyed_limiter(parts.principal_rate),
+            principals: Buckets::new(parts.principal_rate),
             wake: Notify::new(),
         }))
     }
@@ -362,8 +362,7 @@ impl Hub {
 
     /// Charges the principal for one issuance.
     fn admit(&self, workload: &Workload) -> Result<(), HubError> {
-        queue::check(&self.0.principals, workload.principal())
-            .map_err(|retry_after| HubError::RateLimited { retry_after })
+        self.0.principals.check(&workload.principal()).map_err(|retry_after| HubError::RateLimited { retry_after })
     }
 
     /// Whether the entry's owner is `workload`, or is what is left of it and policy still grants it the same certificate.

@@ -52,18 +52,20 @@
 //! | `socket` | nothing of ours |
 //! | `telemetry` | nothing of ours |
 //! | `kubernetes` | nothing of ours |
+//! | `rate` | nothing of ours |
 //! | `x509` | `spiffe` |
 //! | `attest::workload` | nothing of ours |
 //! | `policy` | `x509`, `attest::workload` |
 //! | `attest` | `attest::workload`, `attest::pods`, `kubernetes`, `clock` |
 //! | `attest::pods` | `attest`, `attest::workload`, `kubernetes`, `clock`, `backoff` |
 //! | `policy::watch` | `policy`, `files`, `metrics`, `kubernetes` |
-//! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `metrics` |
+//! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `kubernetes`, `metrics` |
 //! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock` |
-//! | `hub` | `attest::workload`, `attest::pods`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `metrics`, `telemetry` |
+//! | `hub` | `attest::workload`, `attest::pods`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `rate`, `metrics`, `telemetry` |
 //! | `server` | `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `hub`, `metrics`, `telemetry` |
+//! | `controller` | `attest::pods`, `attest::workload`, `policy`, `policy::watch`, `x509`, `signer`, `kubernetes`, `clock`, `backoff`, `rate`, `metrics`, `telemetry` |
 //! | `client` | `proto`, `socket`, `backoff`, `telemetry` |
-//! | `config` | `kubernetes`, `policy`, `signer`, `files`, `socket`, `telemetry` |
+//! | `config` | `kubernetes`, `controller`, `policy`, `signer`, `files`, `socket`, `telemetry` |
 //! | `agent` | everything |
 //! | `cli` | everything |
 //! | `main` | everything |
@@ -89,6 +91,7 @@ pub mod cli;
 pub mod client;
 pub mod clock;
 pub mod config;
+pub mod controller;
 pub mod files;
 pub mod hub;
 pub mod issue;
@@ -96,6 +99,7 @@ pub mod kubernetes;
 pub mod metrics;
 pub mod policy;
 pub mod proto;
+pub mod rate;
 pub mod server;
 pub mod signer;
 pub mod socket;

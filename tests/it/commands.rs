@@ -50,6 +50,6 @@ fn a_policy_check_ends_with_what_was_decided() {
 fn the_definition_in_deploy_is_the_one_that_is_printed() {
     let printed = csrd(&["crd"]);
     assert!(printed.status.success(), "{printed:?}");
-    let kept = include_str!("../../deploy/kubernetes/crd.yaml");
-    assert!(String::from_utf8(printed.stdout).unwrap() == kept, "csrd crd > deploy/kubernetes/crd.yaml");
+    let kept = include_str!("../../deploy/kubernetes/base/crd.yaml");
+    assert!(String::from_utf8(printed.stdout).unwrap() == kept, "csrd crd > deploy/kubernetes/base/crd.yaml");
 }

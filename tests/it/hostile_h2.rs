@@ -7,10 +7,11 @@ use std::{num::NonZeroU32, sync::Arc, time::Duration, time::SystemTime};
 use csrd::{
     attest::{Attestor, Caller, Workload, prepare_listener},
     clock::Clock,
-    hub::{self, Hub, Rate},
+    hub::{self, Hub},
     metrics::Metrics,
     policy::PolicySet,
     proto::v1::{WatchTrustBundleRequest, WhoAmIRequest, certificate_service_client::CertificateServiceClient},
+    rate::Rate,
     server::{
         Engine, FIRST_REQUEST_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, Limits, MAX_HEADER_BYTES,
         MAX_REQUEST_BYTES, MAX_STREAMS_PER_CONNECTION, MAX_UNSENT_BYTES, REQUEST_BODY_TIMEOUT, Server, WINDOW_BYTES,

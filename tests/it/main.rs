@@ -10,6 +10,7 @@ mod bad_input;
 mod client;
 mod cluster;
 mod commands;
+mod controller;
 mod disk;
 mod fake_agent;
 mod help;

@@ -1,5 +1,7 @@
 //! Pods on a real node. Run by `tests/cluster/run`, as root.
 
+mod deployed;
+
 use std::fs;
 
 use kube::ResourceExt as _;

@@ -3,12 +3,12 @@
 use std::{fmt::Debug, num::NonZeroU32, sync::atomic::Ordering, time::Duration};
 
 use csrd::{
-    hub::Rate,
     proto::spiffe::{
         JwtBundlesRequest, JwtsvidRequest, ValidateJwtsvidRequest, WitBundlesRequest, WitsvidRequest,
         X509BundlesRequest, X509BundlesResponse, X509svidRequest, X509svidResponse,
         spiffe_workload_api_client::SpiffeWorkloadApiClient,
     },
+    rate::Rate,
     server::{Limits, MAX_IDENTITIES},
     signer::embedded::NAME,
     x509::PrivateKey,

@@ -13,13 +13,13 @@ use csrd::{
     agent::{self, Cluster},
     attest::{PodFacts, Pods, Tokens},
     clock::Clock,
-    hub::Rate,
     metrics::Metrics,
     policy::{EMBEDDED, PolicySet, Source},
     proto::v1::{
         SubscribeRequest, WhoAmIRequest, certificate_service_client::CertificateServiceClient,
         subscribe_response::Event,
     },
+    rate::Rate,
     server::{Limits, admin::Readiness},
     signer::embedded::{DEFAULT_CA_LIFETIME, Embedded},
 };

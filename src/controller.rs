@@ -7,11 +7,12 @@
 //! others have the same pods and policies at hand, and take over within seconds. Whatever is written names the version it
 //! was decided on, so that a leader which does not know yet that it is none can do no harm.
 //!
-//! `queue` gives nodes their turns, `requests` watches, `answer` writes, `publication` shows the roots, `leader` elects.
+//! `verdict` judges, and `kubelet` what kubelets ask for themselves; `queue` gives nodes their turns, `requests` watches, `answer` writes, `publication` shows the roots, `leader` elects.
 //! Not here: following pods and policies (`attest`, `policy::watch`), and the CA itself (`signer::embedded`).
 
 mod answer;
 mod denials;
+mod kubelet;
 mod leader;
 mod publication;
 mod queue;
@@ -74,6 +75,8 @@ pub struct Parts {
     pub approves: BTreeSet<String>,
     /// Namespace and ServiceAccount of the agents.
     pub agent: (String, String),
+    /// Whether kubelets' serving certificates are approved.
+    pub kubelet_serving: bool,
     /// Namespaces that get the trust bundle, beside the controller's own and those with the label [`WANTED`].
     pub bundle_namespaces: Vec<String>,
     /// Verdicts for each node.
@@ -135,7 +138,12 @@ impl Parts {
         };
         let answers = Arc::new(Answers {
             client: self.client.clone(),
-            rules: Rules { signer: self.signer.clone(), approves: self.approves.clone(), agent: self.agent.clone() },
+            rules: Rules {
+                signer: self.signer.clone(),
+                approves: self.approves.clone(),
+                agent: self.agent.clone(),
+                kubelet_serving: self.kubelet_serving,
+            },
             pods: self.pods.clone(),
             policies: self.policies.clone(),
             signer: signer.clone(),

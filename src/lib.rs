@@ -51,7 +51,7 @@
 //! | `files` | nothing of ours |
 //! | `socket` | nothing of ours |
 //! | `telemetry` | nothing of ours |
-//! | `kubernetes` | nothing of ours |
+//! | `kubernetes` | `telemetry` |
 //! | `rate` | nothing of ours |
 //! | `x509` | `spiffe` |
 //! | `attest::workload` | nothing of ours |
@@ -59,13 +59,14 @@
 //! | `attest` | `attest::workload`, `attest::pods`, `kubernetes`, `clock` |
 //! | `attest::pods` | `attest`, `attest::workload`, `kubernetes`, `clock`, `backoff` |
 //! | `policy::watch` | `policy`, `files`, `metrics`, `kubernetes` |
-//! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `kubernetes`, `metrics` |
+//! | `trust` | `x509`, `files` |
+//! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `kubernetes`, `metrics`, `backoff`, `telemetry` |
 //! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock` |
-//! | `hub` | `attest::workload`, `attest::pods`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `rate`, `metrics`, `telemetry` |
-//! | `server` | `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `hub`, `metrics`, `telemetry` |
+//! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `rate`, `metrics`, `telemetry`, `attest::pods` |
+//! | `server` | `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `issue`, `hub`, `metrics`, `telemetry` |
 //! | `controller` | `attest::pods`, `attest::workload`, `policy`, `policy::watch`, `x509`, `signer`, `kubernetes`, `clock`, `backoff`, `rate`, `metrics`, `telemetry` |
 //! | `client` | `proto`, `socket`, `backoff`, `telemetry` |
-//! | `config` | `kubernetes`, `controller`, `policy`, `signer`, `files`, `socket`, `telemetry` |
+//! | `config` | `controller`, `policy`, `signer`, `files`, `socket`, `telemetry`, `kubernetes`, `trust` |
 //! | `agent` | everything |
 //! | `cli` | everything |
 //! | `main` | everything |
@@ -106,4 +107,5 @@ pub mod socket;
 pub mod spiffe;
 pub mod tasks;
 pub mod telemetry;
+pub mod trust;
 pub mod x509;

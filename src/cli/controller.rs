@@ -1,9 +1,9 @@
 //! `csrd controller`: the verdicts, the signer and the trust bundle of a cluster.
 
-use std::{fs, path::PathBuf, process::ExitCode, sync::Arc};
+use std::{fs, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use tokio::{net::TcpListener, sync::watch};
+use tokio::{net::TcpListener, sync::watch, time::sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -21,6 +21,9 @@ use crate::{
     server::admin::{Admin, Readiness},
     tasks::Tasks,
 };
+
+/// How often it is looked whether all is known.
+const READINESS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Decide for a cluster: approve agents' requests within policy, sign them, publish the roots.
 #[derive(Debug, clap::Args)]
@@ -70,6 +73,7 @@ async fn start(config: config::controller::Controller, stop: CancellationToken) 
         signer: config.signer,
         ca: config.ca,
         approves: config.approve,
+        kubelet_serving: config.kubelet_serving,
         agent: (config.namespace.clone(), config.agent),
         namespace: config.namespace,
         bundle_namespaces: config.bundle_namespaces,
@@ -85,8 +89,12 @@ async fn start(config: config::controller::Controller, stop: CancellationToken) 
         let condition = readiness.condition("cluster");
         // Before everything is known, a verdict would deny what is allowed.
         let known = async {
+            condition.fails("policies have not been listed yet");
             let _ = listed.wait_for(|listed| *listed).await;
-            pods.until_synced().await;
+            while let Err(why) = pods.ready() {
+                condition.fails(why);
+                sleep(READINESS_INTERVAL).await;
+            }
         };
         if stop.run_until_cancelled(known).await.is_some() {
             condition.holds();

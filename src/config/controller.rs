@@ -24,7 +24,10 @@ pub const DEFAULT_CA_SECRET: &str = "csrd-ca";
 
 /// Signers whose requests are approved for no pod, with the reason.
 const NEVER_APPROVED: [(&str, &str); 3] = [
-    ("kubernetes.io/kubelet-serving", "its certificates are for kubelets, and no pod is one"),
+    (
+        "kubernetes.io/kubelet-serving",
+        "its certificates are for kubelets, and no pod is one; for kubelets there is kubeletServing",
+    ),
     (
         "kubernetes.io/kube-apiserver-client-kubelet",
         "whoever holds one of its certificates is a node to the API server",
@@ -47,6 +50,8 @@ pub struct Controller {
     pub ca: Ca,
     /// Others' signers, whose requests are approved.
     pub approve: BTreeSet<String>,
+    /// Whether kubelets' serving certificates are approved.
+    pub kubelet_serving: bool,
     /// Namespaces that get the trust bundle, beside `namespace` and those with the label.
     pub bundle_namespaces: Vec<String>,
     /// Verdicts for each node.
@@ -66,6 +71,7 @@ struct File {
     agent: Option<String>,
     signer: SignerFile,
     approve: BTreeSet<String>,
+    kubelet_serving: bool,
     trust_bundle: TrustBundleFile,
     limits: LimitsFile,
     admin: Option<SocketAddr>,
@@ -126,6 +132,7 @@ impl Controller {
             signer,
             ca: ca(file.signer)?,
             approve: file.approve,
+            kubelet_serving: file.kubelet_serving,
             bundle_namespaces: file.trust_bundle.namespaces,
             per_node: file.limits.per_node,
             admin: file.admin,
@@ -166,7 +173,7 @@ mod tests {
         assert_eq!(config, load("{}").unwrap());
         assert_eq!((config.signer.as_str(), config.namespace.as_str()), (SIGNER, NAMESPACE));
         assert_eq!(config.ca, Ca::Secret { name: DEFAULT_CA_SECRET.into(), lifetime: DEFAULT_CA_LIFETIME });
-        assert!(config.approve.is_empty() && config.bundle_namespaces.is_empty());
+        assert!(config.approve.is_empty() && config.bundle_namespaces.is_empty() && !config.kubelet_serving);
     }
 
     #[test]
@@ -174,7 +181,7 @@ mod tests {
         let config = load(
             "{kubeconfig: /k, namespace: n, agent: a, approve: [kubernetes.io/kube-apiserver-client],
             signer: {name: example.com/x, caSecret: s, caLifetime: 1h}, trustBundle: {namespaces: [b]},
-            limits: {perNode: {perSecond: 1, burst: 2}}}",
+            kubeletServing: true, limits: {perNode: {perSecond: 1, burst: 2}}}",
         )
         .unwrap();
         assert_eq!(
@@ -183,7 +190,7 @@ mod tests {
         );
         assert_eq!(config.ca, Ca::Secret { name: "s".into(), lifetime: Duration::from_secs(3600) });
         assert_eq!((config.bundle_namespaces, config.per_node.burst.get()), (vec!["b".to_owned()], 2));
-        assert!(config.approve.contains("kubernetes.io/kube-apiserver-client"));
+        assert!(config.approve.contains("kubernetes.io/kube-apiserver-client") && config.kubelet_serving);
         let config = load("signer: {caCertificate: /c, caKey: /k}").unwrap();
         let given = EmbeddedConfig::Given { certificate: "/c".into(), key: "/k".into(), chain: None };
         assert_eq!(config.ca, Ca::Files(given));

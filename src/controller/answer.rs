@@ -12,7 +12,7 @@ use k8s_openapi::{
     ByteString,
     api::{
         certificates::v1::{CertificateSigningRequest, CertificateSigningRequestCondition},
-        core::v1::Pod,
+        core::v1::{Node, Pod},
     },
 };
 use kube::{
@@ -29,8 +29,9 @@ use tracing::{Instrument as _, debug_span, field::Empty};
 
 use super::{
     denials::Denials,
+    kubelet::{self, Kubelet},
     queue::{Outcome, Turn},
-    verdict::{Approval, Claim, PodName, Refusal, Request, Rules},
+    verdict::{Approval, Asked, Claim, PodName, Refusal, Request, Rules},
 };
 use crate::{
     attest::{Workload, pods::Pods},
@@ -52,8 +53,10 @@ pub const MAX_MESSAGE_BYTES: usize = 1024;
 /// Between tries of a request that could not be answered.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
 
-/// The reason of an approval.
-const APPROVED: &str = "ALLOWED_BY_POLICY";
+/// Why a pod's request is approved.
+const ALLOWED: &str = "ALLOWED_BY_POLICY";
+/// Why a kubelet's is.
+const NODES_OWN: &str = "NODES_OWN_ADDRESSES";
 
 /// Everything that an answer needs.
 pub(super) struct Answers {
@@ -123,8 +126,15 @@ impl Answers {
 
     /// False for a refusal that is to be looked at again.
     async fn try_answer(&self, request: &mut Request, failures: u32) -> Result<bool, AnswerError> {
-        let verdict = match &request.claim {
-            Ok(claim) => self.judge(claim).await?,
+        let verdict = match &request.asked {
+            Ok(Asked::Pod(claim)) => self.judge(claim).await?,
+            Ok(Asked::Kubelet(kubelet)) => match self.judge_kubelet(kubelet).await? {
+                Ok(()) => {
+                    let message = format!("every name is an address of Node {}", kubelet.node);
+                    return self.approve(request, NODES_OWN, &message).await.map(|()| true);
+                }
+                Err(refusal) => Err(Refusal::Kubelet(refusal).into()),
+            },
             Err(refusal) => Err(refusal.clone().into()),
         };
         match verdict {
@@ -149,6 +159,14 @@ impl Answers {
         })
     }
 
+    async fn judge_kubelet(&self, kubelet: &Kubelet) -> Result<Result<(), kubelet::Refusal>, AnswerError> {
+        let node = within(Api::<Node>::all(self.client.clone()).get_opt(&kubelet.node)).await?;
+        Ok(match node {
+            Some(node) => kubelet.judge(&node.status.and_then(|status| status.addresses).unwrap_or_default()),
+            None => Err(kubelet::Refusal::NodeGone { node: kubelet.node.clone() }),
+        })
+    }
+
     /// The live pod of that UID; `None` once the API server itself says that there is none.
     async fn find(&self, pod: &PodName) -> Result<Option<Arc<Workload>>, AnswerError> {
         if let Some(workload) = self.pods.by_uid(&pod.uid) {
@@ -169,11 +187,7 @@ impl Answers {
     async fn allow(&self, request: &mut Request, approval: Approval, workload: &Workload) -> Result<(), AnswerError> {
         if !request.approved {
             let message = format!("policy {:?} allows it for {workload}", approval.grant.policy());
-            let approved = self.answer_with(request, "Approved", APPROVED, &message).instrument(write_span("approve"));
-            request.version = approved.await?.metadata.resource_version.unwrap_or_default();
-            request.approved = true;
-            self.metrics.csr_verdicts.good();
-            tracing::info!(request = request.name, policy = approval.grant.policy(), pod = %workload, "approved");
+            self.approve(request, ALLOWED, &message).await?;
         }
         if approval.grant.signer() != self.rules.signer {
             return Ok(());
@@ -185,6 +199,15 @@ impl Answers {
             Err(error) => self.signed.failed(error.reason(), started.elapsed()),
         }
         written
+    }
+
+    async fn approve(&self, request: &mut Request, reason: &str, message: &str) -> Result<(), AnswerError> {
+        let approved = self.answer_with(request, "Approved", reason, message).instrument(write_span("approve"));
+        request.version = approved.await?.metadata.resource_version.unwrap_or_default();
+        request.approved = true;
+        self.metrics.csr_verdicts.good();
+        tracing::info!(request = request.name, reason, "approved: {message}");
+        Ok(())
     }
 
     async fn sign(&self, request: &Request, approval: Approval, workload: &Workload) -> Result<(), AnswerError> {
@@ -314,5 +337,125 @@ impl AnswerError {
             Self::Sign(error) => error.reason(),
             Self::NotPublished | Self::Unpublished(_) => "ROOT_NOT_PUBLISHED",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, convert::Infallible, sync::Mutex, time::SystemTime};
+
+    use http::{Method, Response, StatusCode};
+    use http_body_util::Full;
+    use kube::client::Body;
+    use serde_json::Value;
+
+    use super::*;
+    use crate::{attest::pods::Scope, signer::embedded::Embedded};
+
+    type Sent = Arc<Mutex<Vec<(Method, String, Value)>>>;
+
+    /// Answers before an API server that answers everything alike, and what that was sent.
+    fn answers(code: StatusCode, answer: Value) -> (Answers, Sent) {
+        let sent = Sent::default();
+        let record = sent.clone();
+        let service = tower::service_fn(move |request: http::Request<Body>| {
+            let (record, answer) = (record.clone(), answer.to_string());
+            async move {
+                let (head, body) = request.into_parts();
+                let body = serde_json::from_slice(&body.collect_bytes().await.unwrap()).unwrap_or_default();
+                record.lock().unwrap().push((head.method, head.uri.path().to_owned(), body));
+                Ok::<_, Infallible>(Response::builder().status(code).body(Full::from(answer)).unwrap())
+            }
+        });
+        let client = Client::new(service, "default");
+        let clock = Clock::paused(SystemTime::UNIX_EPOCH + Duration::from_secs(1_900_000_000));
+        let (metrics, hour) = (Metrics::new(), Duration::from_secs(3600));
+        let signer = Embedded::ephemeral(hour, &clock, metrics.signer("test")).unwrap();
+        let answers = Answers {
+            denials: Denials::new(client.clone(), "test"),
+            client,
+            rules: Rules {
+                signer: "csrd.dev/workload".into(),
+                approves: BTreeSet::new(),
+                agent: ("csrd-system".into(), "csrd-agent".into()),
+                kubelet_serving: false,
+            },
+            pods: Pods::new(Scope::Cluster, clock.clone()),
+            policies: watch::channel(Arc::default()).1,
+            signer: Arc::new(signer),
+            published: watch::channel(None).1,
+            clock,
+            signed: metrics.signer("test"),
+            metrics,
+        };
+        (answers, sent)
+    }
+
+    /// A request that is refused without a look at any pod.
+    fn refused(approved: bool) -> Turn {
+        let request = Request {
+            name: "csrd-0".into(),
+            uid: "uid".into(),
+            version: "7".into(),
+            node: "n1".into(),
+            approved,
+            traceparent: None,
+            asked: Err(Refusal::Expiration),
+        };
+        Turn { request: Box::new(request), failures: 0 }
+    }
+
+    fn status(code: u16, reason: &str, retry_after: u32) -> Value {
+        json!({"status": "Failure", "code": code, "reason": reason, "message": "no",
+            "details": {"retryAfterSeconds": retry_after}})
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_denial_is_one_write_that_names_the_version_it_was_decided_on() {
+        let (answers, sent) =
+            answers(StatusCode::OK, json!({"metadata": {}, "spec": {"request": "", "signerName": ""}}));
+        assert!(matches!(answers.answer(refused(false)).await, Outcome::Answered));
+        let sent = sent.lock().unwrap();
+        let [(method, path, patch)] = sent.as_slice() else { panic!("{sent:?}") };
+        let expected = "/apis/certificates.k8s.io/v1/certificatesigningrequests/csrd-0/approval";
+        assert_eq!((method, path.as_str()), (&Method::PATCH, expected));
+        assert_eq!(patch["metadata"], json!({"resourceVersion": "7"}));
+        let condition = &patch["status"]["conditions"][0];
+        assert_eq!(
+            (condition["type"].as_str(), condition["reason"].as_str()),
+            (Some("Denied"), Some("EXPIRATION_MISSING"))
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_the_api_server_says_decides_what_becomes_of_a_request() {
+        let outcome = async |code: StatusCode, reason: &str, retry_after| {
+            answers(code, status(code.as_u16(), reason, retry_after)).0.answer(refused(false)).await
+        };
+        assert!(matches!(outcome(StatusCode::NOT_FOUND, "NotFound", 0).await, Outcome::Answered));
+        assert!(matches!(outcome(StatusCode::CONFLICT, "Conflict", 0).await, Outcome::Changed));
+        for (code, seconds) in [(403, 0), (422, 0), (429, 7), (500, 0), (503, 60)] {
+            let before = Instant::now();
+            let code = StatusCode::from_u16(code).unwrap();
+            let Outcome::Again(at, request) = outcome(code, "", seconds).await else { panic!("{code}") };
+            assert!(at - before >= Duration::from_secs(seconds.into()).max(Duration::from_millis(200)), "{code}");
+            assert_eq!((request.version.as_str(), request.approved), ("7", false));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn another_request_of_the_same_name_is_not_failed_in_its_place() {
+        let other = json!({"metadata": {"uid": "another"}, "spec": {"request": "", "signerName": ""}});
+        let (answers, sent) = answers(StatusCode::OK, other);
+        assert!(matches!(answers.answer(refused(true)).await, Outcome::Answered));
+        assert!(sent.lock().unwrap().iter().all(|(method, ..)| method == Method::GET));
+    }
+
+    #[test]
+    fn a_message_is_cut_between_characters() {
+        let fits = "x".repeat(MAX_MESSAGE_BYTES);
+        assert_eq!(clipped(fits.clone()), fits);
+        assert_eq!(clipped(format!("{fits}x")), fits);
+        assert_eq!(clipped(format!("{}\u{fc}", &fits[1..])), fits[1..]);
     }
 }

@@ -1,7 +1,8 @@
 //! Denials as Events of the pods they concern, for whoever runs them: `kubectl describe pod` shows why.
 //!
 //! At most [`EVENT_RATE`], whatever is denied: Events are for people, and a stolen token must not fill etcd with them. What is
-//! not told here is in the request's condition and counted. Only of pods that are there, on their own node.
+//! not told here is in the request's condition and counted. Told only of pods that are there: whoever runs one also learns
+//! that somebody else's agent asked in its name.
 
 use std::num::NonZeroU32;
 

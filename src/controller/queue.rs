@@ -288,7 +288,7 @@ mod tests {
             node: node.to_owned(),
             approved: false,
             traceparent: None,
-            claim: Err(Refusal::Expiration),
+            asked: Err(Refusal::Expiration),
         }
     }
 

@@ -23,6 +23,7 @@ use tokio::{
 
 use super::{
     answer::Answers,
+    kubelet,
     queue::{Outcome, Queue},
     verdict::{Request, screen},
 };
@@ -85,7 +86,9 @@ pub(super) async fn run(answers: Arc<Answers>, per_node: Rate) {
 }
 
 fn signers(answers: &Answers) -> Vec<String> {
-    answers.rules.approves.iter().chain([&answers.rules.signer]).cloned().collect()
+    let rules = &answers.rules;
+    let kubelets = rules.kubelet_serving.then(|| kubelet::SIGNER.to_owned());
+    rules.approves.iter().chain([&rules.signer]).cloned().chain(kubelets).collect()
 }
 
 fn of_signer(signer: &str) -> String {

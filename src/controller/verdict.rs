@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::api::certificates::v1::{CertificateSigningRequest, CertificateSigningRequestSpec};
 
+use super::kubelet::{self, Kubelet};
 use crate::{
     attest::{PodFacts, Workload},
     kubernetes::{annotation, label},
@@ -39,6 +40,8 @@ pub(super) struct Rules {
     pub(super) approves: BTreeSet<String>,
     /// Namespace and ServiceAccount of the agents.
     pub(super) agent: (String, String),
+    /// Whether kubelets' serving certificates are approved.
+    pub(super) kubelet_serving: bool,
 }
 
 /// A request that is addressed to us and has no answer yet.
@@ -48,13 +51,22 @@ pub(super) struct Request {
     pub(super) uid: String,
     /// The resourceVersion that is judged; whatever changes later is not what was judged.
     pub(super) version: String,
-    /// For whom turns and quotas are counted: the node of the agent that made it; empty when no agent made it.
+    /// For whom turns and quotas are counted: the node of the agent or kubelet that made it; empty for all others.
     pub(super) node: String,
     /// Approved, by us or by somebody else, and not signed yet.
     pub(super) approved: bool,
     /// W3C `traceparent` of the issuance.
     pub(super) traceparent: Option<String>,
-    pub(super) claim: Result<Claim, Refusal>,
+    pub(super) asked: Result<Asked, Refusal>,
+}
+
+/// What is asked for.
+#[derive(Debug)]
+pub(super) enum Asked {
+    /// A certificate for a pod.
+    Pod(Claim),
+    /// A kubelet's own.
+    Kubelet(Kubelet),
 }
 
 /// What an agent asks for, and for whom.
@@ -100,27 +112,39 @@ pub(super) fn screen(object: CertificateSigningRequest, rules: &Rules) -> Option
     let labelled =
         metadata.labels.iter().flatten().any(|(key, value)| key == label::MANAGED_BY && value == label::MANAGER);
     let agents = is_agent(&spec, rules);
+    let kubelet = match rules.kubelet_serving && spec.signer_name == kubelet::SIGNER && !approved {
+        true => Kubelet::read(&spec),
+        false => None,
+    };
     let ours = match (own, foreign) {
         // Signing is up to us, so whoever had such a request approved is told if it is not signed.
         (true, _) => labelled || approved,
         (false, true) => labelled && agents && !approved,
-        (false, false) => false,
+        (false, false) => kubelet.is_some(),
     };
     if !ours || answered {
         return None;
     }
     let annotations = metadata.annotations.unwrap_or_default();
     let token = token(&spec);
+    let node = match (&kubelet, &token) {
+        (Some(kubelet), _) => kubelet.node.clone(),
+        (None, Ok((node, _))) if agents => node.clone(),
+        _ => String::new(),
+    };
     Some(Request {
         name: metadata.name?,
         uid: metadata.uid?,
         version: metadata.resource_version?,
-        node: if agents { token.as_ref().map(|(node, _)| node.clone()).unwrap_or_default() } else { String::new() },
+        node,
         approved,
         traceparent: annotations.get(annotation::TRACEPARENT).filter(|it| it.len() <= MAX_ANNOTATION_BYTES).cloned(),
-        claim: match agents && labelled {
-            true => token.and_then(|(node, pod)| Claim::read(node, pod, spec, &annotations, rules)),
-            false => Err(Refusal::NotAnAgent { account: format!("{}/{}", rules.agent.0, rules.agent.1) }),
+        asked: match kubelet {
+            Some(kubelet) => Ok(Asked::Kubelet(kubelet)),
+            None if agents && labelled => {
+                token.and_then(|(node, pod)| Claim::read(node, pod, spec, &annotations, rules)).map(Asked::Pod)
+            }
+            None => Err(Refusal::NotAnAgent { account: format!("{}/{}", rules.agent.0, rules.agent.1) }),
         },
     })
 }
@@ -309,6 +333,8 @@ pub(super) enum Refusal {
     PodDiffers { pod: PodName, field: &'static str },
     #[error("{0}")]
     Policy(Denial),
+    #[error("{}", whole(.0))]
+    Kubelet(kubelet::Refusal),
     #[error(
         "the names in the PKCS#10 request are not those granted, and this signer signs what the PKCS#10 request says"
     )]
@@ -316,9 +342,9 @@ pub(super) enum Refusal {
 }
 
 /// With its cause: a condition has one line.
-fn whole(error: &CsrError) -> String {
+fn whole(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
+    let mut cause = error.source();
     while let Some(error) = cause {
         text = format!("{text}: {error}");
         cause = error.source();
@@ -344,6 +370,7 @@ impl Refusal {
             Self::PodElsewhere { .. } => "POD_ON_OTHER_NODE",
             Self::PodDiffers { .. } => "POD_DIFFERS",
             Self::Policy(denial) => denial.reason(),
+            Self::Kubelet(refusal) => refusal.reason(),
             Self::NamesDiffer => "NAMES_DIFFER",
         }
     }

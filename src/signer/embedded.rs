@@ -124,7 +124,7 @@ impl Embedded {
         clock: &Clock,
         metrics: SignerMetrics,
     ) -> Result<Self, EmbeddedError> {
-        let store = Some(Store::Secret(Secret::new(client, namespace, name)));
+        let store = Some(Store::Secret(Box::new(Secret::new(client, namespace, name))));
         let clock = clock.clone();
         let start = move || Self::start(Source::Made { store, ca_lifetime }, Generations::default(), clock, metrics);
         spawn_blocking(start).await.unwrap_or(Err(EmbeddedError::Interrupted))

@@ -1,6 +1,6 @@
 //! A real Kubernetes control plane for tests: etcd, API server and controller manager as processes of their own, from one
 //! Go binary that is built on first use. Needs Go and no root. `CSRD_TEST_CLUSTER=off` leaves these tests out, and each
-//! says so.
+//! says so; `CSRD_TEST_KUBERNETES=1.35` runs them against an older release than the newest.
 //!
 //! A test begins with
 //!
@@ -72,6 +72,9 @@ use self::{
 
 /// Set to `off`, it leaves the tests out that need a control plane.
 const SWITCH: &str = "CSRD_TEST_CLUSTER";
+
+/// An older Kubernetes to test with, as `1.35`; `tests/cluster/build` knows which there are.
+const MINOR: &str = "CSRD_TEST_KUBERNETES";
 
 /// Far above what a start takes, for a machine under load.
 const PATIENCE: Duration = Duration::from_secs(180);

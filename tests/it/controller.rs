@@ -6,6 +6,7 @@ use std::{sync::Arc, time::Duration};
 
 use csrd::{
     clock::Clock,
+    controller::MAX_WAITING_PER_NODE,
     metrics::Metrics,
     signer::{
         Sign as _,
@@ -13,20 +14,25 @@ use csrd::{
     },
     x509::{Bundle, Chain},
 };
+use http::StatusCode;
 use k8s_openapi::api::{
     certificates::v1::{CertificateSigningRequest as Request, ClusterTrustBundle},
-    core::v1::{ConfigMap, Namespace, Secret},
+    core::v1::{ConfigMap, Namespace, Node, Secret},
     events::v1::Event,
 };
 use kube::{
     Api, ResourceExt as _,
     api::{DeleteParams, ListParams, Patch, PatchParams},
 };
+use opentelemetry_proto::tonic::trace::v1::Span;
 use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
 
-use self::deployment::{Answer, Deployment, NEVER, account, make, pkcs10};
-use crate::cluster::Identity;
+use self::deployment::{Answer, Deployment, NEVER, account, make, pkcs10, pkcs10_of};
+use crate::{
+    cluster::{Identity, unique},
+    telemetry::{Collector, Received},
+};
 
 #[track_caller]
 fn signed(answer: Answer) -> Chain {
@@ -166,6 +172,29 @@ async fn what_is_not_addressed_to_us_is_left_alone_and_what_others_approved_is_j
     }
 }
 
+/// What the API server must do for a verdict to be about the request that was judged.
+#[tokio::test]
+async fn a_verdict_on_a_request_that_was_made_anew_under_its_name_is_a_conflict() {
+    let Some(deployment) = Deployment::new().await else { return };
+    let pod = deployment.workload(0).await;
+    let request = deployment.request(&pod);
+    let judged = make(&deployment.admin, request.clone()).await.unwrap();
+    let requests: Api<Request> = Api::all(deployment.admin.clone());
+    requests.delete(&judged.name_any(), &DeleteParams::default()).await.unwrap();
+    let another = make(&deployment.admin, request).await.unwrap();
+    for (subresource, status) in [
+        ("approval", json!({"conditions": [{"type": "Approved", "status": "True"}]})),
+        ("status", json!({"certificate": "aaaa"})),
+    ] {
+        let patch = json!({"metadata": {"resourceVersion": judged.resource_version()}, "status": status});
+        let (parameters, patch) = (PatchParams::default(), Patch::Merge(&patch));
+        match requests.patch_subresource(subresource, &another.name_any(), &parameters, &patch).await {
+            Err(kube::Error::Api(status)) => assert!(status.is_conflict(), "{status}"),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
 #[tokio::test]
 async fn requests_for_another_signer_are_approved_where_the_controller_is_told_to_and_signed_there() {
     let Some(deployment) = Deployment::new().await else { return };
@@ -189,6 +218,37 @@ async fn requests_for_another_signer_are_approved_where_the_controller_is_told_t
         panic!("it is not signed")
     };
     assert_eq!(approval.reason.as_deref(), Some("ALLOWED_BY_POLICY"));
+}
+
+#[tokio::test]
+async fn a_kubelets_own_serving_certificate_is_approved_where_the_controller_is_told_to() {
+    let Some(deployment) = Deployment::new().await else { return };
+    let signer = "kubernetes.io/kubelet-serving";
+    deployment.let_approve(signer).await;
+    let node = &deployment.nodes[0];
+    let nodes: Api<Node> = Api::all(deployment.admin.clone());
+    let addresses = json!({"status": {"addresses": [{"type": "InternalDNS", "address": "n1.example.org"}]}});
+    nodes.patch_status(node, &PatchParams::default(), &Patch::Merge(&addresses)).await.unwrap();
+    let user = format!("system:node:{node}");
+    let kubelet = deployment.cluster.access.client(&deployment.cluster.user(&user, Some("system:nodes"))).await;
+    let request = |name: &str| {
+        json!({"metadata": {"name": unique("kubelet")}, "spec": {
+            "request": pkcs10_of(&user, "system:nodes", name),
+            "signerName": signer,
+            "usages": ["digital signature", "server auth"],
+        }})
+    };
+    let left = make(&deployment.admin, request("n1.example.org")).await.unwrap();
+    let _controller = deployment.controller("kubeletServing: true").await;
+    let Answer::Signed { approval, .. } = deployment.ask(&kubelet, request("n1.example.org")).await else {
+        panic!("it is not signed")
+    };
+    assert_eq!(approval.reason.as_deref(), Some("NODES_OWN_ADDRESSES"));
+    let words = "\"kubernetes.default.svc\" is no address of Node";
+    denied(deployment.ask(&kubelet, request("kubernetes.default.svc")).await, "NAME_NOT_ALLOWED", words);
+    let requests: Api<Request> = Api::all(deployment.admin.clone());
+    let now = requests.get(&left.name_any()).await.unwrap();
+    assert_eq!(now.resource_version(), left.resource_version(), "it was made by no node");
 }
 
 #[tokio::test]
@@ -306,6 +366,20 @@ async fn a_node_with_very_many_requests_delays_no_other_node() {
 }
 
 #[tokio::test]
+async fn what_found_no_room_at_first_is_answered_in_the_end() {
+    let Some(deployment) = Deployment::new().await else { return };
+    let (agent, pod) = (deployment.agent(0).await, deployment.workload(0).await);
+    let mut names = Vec::new();
+    for _ in 0..2 * MAX_WAITING_PER_NODE {
+        names.push(make(&agent, deployment.request(&pod)).await.unwrap().name_any());
+    }
+    let _controller = deployment.controller("limits: {perNode: {perSecond: 1000, burst: 1000}}").await;
+    for name in names {
+        signed(deployment.answer(&name).await);
+    }
+}
+
+#[tokio::test]
 async fn a_policy_says_in_its_status_what_became_of_it() {
     let Some(deployment) = Deployment::new().await else { return };
     let _controller = deployment.controller("").await;
@@ -322,4 +396,34 @@ async fn a_policy_says_in_its_status_what_became_of_it() {
     deployment.policy(json!({"dnsNames": ["web.example.org"]})).await;
     deployment.condition(&deployment.work, "True").await;
     denied(deployment.ask(&agent, deployment.request(&pod)).await, "NAME_NOT_ALLOWED", "spiffe://example.org/ns/");
+}
+
+#[tokio::test]
+async fn a_verdict_is_a_part_of_the_trace_that_the_request_names() {
+    let Some(deployment) = Deployment::new().await else { return };
+    let mut collector = Collector::http(StatusCode::OK).await;
+    let endpoint = format!("http://{}", collector.address);
+    let variables = [("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()), ("OTEL_BSP_SCHEDULE_DELAY", "10")];
+    let _controller = deployment.controller_with("", &variables).await;
+    let (agent, pod) = (deployment.agent(0).await, deployment.workload(0).await);
+    let (trace, parent) = ("0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331");
+    let mut request = deployment.request(&pod);
+    request["metadata"]["annotations"]["csrd.dev/traceparent"] = format!("00-{trace}-{parent}-01").into();
+    signed(deployment.ask(&agent, request).await);
+
+    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let ours = |received: &Received| -> Vec<Span> {
+        received.all.iter().filter(|span| hex(&span.trace_id) == trace).cloned().collect()
+    };
+    let spans = ours(&collector.until(|received| ours(received).len() >= 3).await);
+    let named =
+        |name: &str| spans.iter().find(|span| span.name == name).unwrap_or_else(|| panic!("no {name} in {spans:?}"));
+    let verdict = named("verdict");
+    assert_eq!(hex(&verdict.parent_span_id), parent);
+    for write in ["approve", "sign"] {
+        let write = named(write);
+        assert_eq!(write.parent_span_id, verdict.span_id);
+        let audit_id = write.attributes.iter().find(|attribute| attribute.key == "csrd.audit_id");
+        assert!(format!("{audit_id:?}").len() > 36, "{audit_id:?}");
+    }
 }

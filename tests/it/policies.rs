@@ -1,6 +1,8 @@
 //! CertificatePolicies in a real cluster: what the API server makes of their definition, and what follows them.
 
-use std::{sync::Arc, time::Duration};
+#![allow(clippy::disallowed_methods, reason = "a test owns the task that it starts")]
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use csrd::{
     attest::{PodFacts, Workload},
@@ -174,6 +176,20 @@ async fn what_the_reader_accepts_the_api_server_accepts() {
 }
 
 #[tokio::test]
+async fn kubectl_takes_the_example_of_the_readme() {
+    let Some(cluster) = ControlPlane::shared().await else { return };
+    define(cluster).await;
+    let readme = include_str!("../../README.md");
+    let example =
+        readme.split("```yaml\n").find(|block| block.contains("kubernetes:")).and_then(|rest| rest.split("```").next());
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), example.unwrap()).unwrap();
+    let path = file.path().to_str().unwrap();
+    let taken = cluster.kubectl(&["create", "--dry-run=server", "-f", path]).await;
+    assert!(taken.status.success(), "{taken:?}");
+}
+
+#[tokio::test]
 async fn what_the_api_server_refuses_the_reader_refuses() {
     let Some(cluster) = ControlPlane::shared().await else { return };
     define(cluster).await;
@@ -236,10 +252,53 @@ async fn what_the_api_server_refuses_the_reader_refuses() {
     }
 }
 
+#[tokio::test]
+async fn the_reader_knows_the_names_of_signers_as_the_api_server_does() {
+    let Some(cluster) = ControlPlane::shared().await else { return };
+    let client = cluster.admin().await;
+    let long = |n: usize| "a".repeat(n);
+    let domain = |n: usize| [long(63), long(63), long(63), long(n - 192)].join(".");
+    let rows = [
+        "csrd.dev/workload",
+        "a.b/c.d",
+        "a.b/c--d",
+        "a/b",
+        "a.b/",
+        "/b",
+        "a.b",
+        "a.b/c/d",
+        "A.b/c",
+        "a.b/c_d",
+        "a.b/C",
+    ];
+    let long = [
+        format!("{}/a", domain(253)),
+        format!("{}/a", domain(254)),
+        format!("a.{}/a", long(63)),
+        format!("a.{}/a", long(64)),
+        format!("a.b/{}", long(253)),
+        format!("a.b/{}", long(254)),
+        format!("{}/{}.{}", domain(253), long(253), long(63)),
+        format!("{}/{}.{}", domain(253), long(253), long(64)),
+    ];
+    for name in rows.map(str::to_owned).into_iter().chain(long) {
+        let request = json!({"apiVersion": "certificates.k8s.io/v1", "kind": "CertificateSigningRequest",
+            "metadata": {"name": "tried-out"}, "spec": {"signerName": name, "request": "", "usages": ["client auth"]}});
+        let path = "/apis/certificates.k8s.io/v1/certificatesigningrequests?dryRun=All";
+        let request =
+            http::Request::post(path).header("content-type", "application/json").body(request.to_string().into());
+        let Err(kube::Error::Api(status)) = client.request::<Value>(request.unwrap()).await else {
+            panic!("no PKCS#10")
+        };
+        let refused = status.message.contains("spec.signerName");
+        assert_eq!(read(&with(json!({"signer": name}))).is_err(), refused, "{name}: {}", status.message);
+    }
+}
+
 /// Follows the policies of a cluster, for one test.
 struct Following {
     policies: watch::Receiver<Arc<PolicySet>>,
-    problems: watch::Receiver<std::collections::BTreeMap<String, Examined>>,
+    problems: watch::Receiver<BTreeMap<String, Examined>>,
     synced: watch::Receiver<bool>,
     metrics: Metrics,
     stop: CancellationToken,
@@ -262,7 +321,7 @@ impl Following {
 
     /// Waits until this has been found of the policy.
     async fn found(&mut self, name: &str, found: impl Fn(&Examined) -> bool) -> Examined {
-        let found = |problems: &std::collections::BTreeMap<String, Examined>| problems.get(name).is_some_and(&found);
+        let found = |problems: &BTreeMap<String, Examined>| problems.get(name).is_some_and(&found);
         timeout(NEVER, self.problems.wait_for(found)).await.expect("it is examined").unwrap()[name].clone()
     }
 

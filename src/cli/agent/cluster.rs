@@ -17,11 +17,15 @@ use crate::{
     backoff::Backoff,
     cli::UsageError,
     clock::Clock,
-    config::Kubernetes,
+    config::{ClusterSigner, Kubernetes},
     kubernetes::{self, Identity},
     metrics::Metrics,
     policy::{PolicySet, watch::ClusterPolicies},
-    signer::Sign,
+    signer::{
+        self, Sign,
+        kubernetes::{Approval, Cleaner, Parts, probe},
+    },
+    trust,
 };
 
 /// How long the API server may take to say who the agent is.
@@ -37,11 +41,11 @@ pub(super) struct InCluster {
     pub(super) background: Vec<Background>,
 }
 
-/// Asks the API server who the agent is, for as long as it takes; `None` at the stop.
+/// Asks the API server who the agent is and which policies there are, for as long as it takes; `None` at the stop.
 pub(super) async fn join(
     config: Kubernetes,
     clock: &Clock,
-    metrics: Metrics,
+    metrics: &Metrics,
     stop: &CancellationToken,
 ) -> anyhow::Result<Option<InCluster>> {
     let client = kubernetes::connect(config.kubeconfig.as_deref()).await.map_err(UsageError::of)?;
@@ -50,19 +54,48 @@ pub(super) async fn join(
     tracing::info!(user = identity.username, node, "the API server knows the agent");
     let pods = Pods::new(Scope::Node(node.clone()), clock.clone());
     let tokens = Tokens::new(client.clone(), config.audience.clone(), node.clone());
-    let policies = ClusterPolicies::new(client.clone(), metrics);
+    let policies = ClusterPolicies::new(client.clone(), metrics.clone());
     let in_force = policies.subscribe();
     let policies_synced = policies.synced();
-    let (signers, mut background) = signers(&config);
+    let common = (clock, metrics, stop);
+    let (signers, mut background) = signers(&config, &client, (&identity, &node), common).await?;
     background.push(("pods", Box::pin(pods.clone().run(client, stop.clone()))));
     background.push(("policies", Box::pin(policies.run(stop.clone()))));
     let cluster = Cluster { node, own_pod: identity.pod_uid, policies_synced, pods, tokens };
     Ok(Some(InCluster { cluster, policies: in_force, signers, background }))
 }
 
-/// The signers that `config` names, the default one first, and what keeps their roots current.
-fn signers(_config: &Kubernetes) -> (Vec<Arc<dyn Sign>>, Vec<Background>) {
-    (Vec::new(), Vec::new())
+/// The signers that `config` names, the default one first, with what keeps their roots current and deletes their
+/// requests. An agent that is to approve its own is refused unless it is kept from approving others'.
+async fn signers(
+    config: &Kubernetes,
+    client: &Client,
+    (identity, node): (&Identity, &str),
+    (clock, metrics, stop): (&Clock, &Metrics, &CancellationToken),
+) -> anyhow::Result<(Vec<Arc<dyn Sign>>, Vec<Background>)> {
+    if config.approval == Approval::Agent {
+        let names: Vec<&str> = config.signers.iter().map(|signer| signer.name.as_str()).collect();
+        probe(client, identity, &names, metrics.clone()).await?;
+    }
+    let (cleaner, cleaning) =
+        Cleaner::new(client.clone(), identity.clone(), node.to_owned(), clock.clone(), metrics.clone(), stop.clone());
+    let (mut signers, mut background): (Vec<Arc<dyn Sign>>, Vec<Background>) = (Vec::new(), Vec::new());
+    background.push(("cleaner", Box::pin(cleaning)));
+    for ClusterSigner { name, bundle } in &config.signers {
+        let (roots, following) = trust::follow(client.clone(), bundle.clone(), stop.clone());
+        background.push(("trust bundle", Box::pin(following)));
+        signers.push(Arc::new(signer::kubernetes::Kubernetes::new(Parts {
+            client: client.clone(),
+            signer: name.clone(),
+            approval: config.approval,
+            node: node.to_owned(),
+            roots,
+            roots_from: bundle.to_string(),
+            cleaner: cleaner.clone(),
+            metrics: metrics.clone(),
+        })));
+    }
+    Ok((signers, background))
 }
 
 async fn identity(client: &Client) -> anyhow::Result<Identity> {

@@ -167,11 +167,13 @@ impl Case {
             signer: OWN.into(),
             approves: self.approves.iter().map(ToString::to_string).collect(),
             agent: ("csrd-system".into(), "csrd-agent".into()),
+            kubelet_serving: false,
         };
         let request = screen(self.object, &rules)?;
         let (agent, pod) = (Workload::of_pod(self.agent), Workload::of_pod(self.pod));
-        let verdict = match &request.claim {
-            Ok(claim) => claim.decide(&agent, &pod, &rules, &policies()),
+        let verdict = match &request.asked {
+            Ok(Asked::Pod(claim)) => claim.decide(&agent, &pod, &rules, &policies()),
+            Ok(Asked::Kubelet(kubelet)) => panic!("{kubelet:?}"),
             Err(refusal) => Err(refusal.clone()),
         };
         Some((request, verdict))

@@ -148,7 +148,7 @@ impl Seen {
             Event::Init => self.listed.clear(),
             Event::InitApply(object) => {
                 self.listed.insert(object.name_any());
-                return self.examine(object).await;
+                self.examine(object).await;
             }
             Event::InitDone => {
                 let listed = mem::take(&mut self.listed);

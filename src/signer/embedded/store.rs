@@ -34,7 +34,7 @@ const ACTIVATED: &str = "ca-";
 #[derive(Debug)]
 pub(super) enum Store {
     Folder(Folder),
-    Secret(Secret),
+    Secret(Box<Secret>),
 }
 
 /// An open, locked state folder.

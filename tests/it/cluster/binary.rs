@@ -9,6 +9,7 @@ use std::{
 pub(super) fn kube() -> Result<PathBuf, String> {
     let built = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/cluster/build"))
         .arg("kube")
+        .args(super::variable(super::MINOR))
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()

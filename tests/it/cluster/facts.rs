@@ -269,7 +269,7 @@ async fn a_killed_api_server_comes_back_at_its_address_with_its_objects() {
     let client = cluster.admin().await;
     assert!(client.apiserver_version().await.is_err());
     cluster.restart(Part::ApiServer).await;
-    assert_eq!(client.apiserver_version().await.unwrap().git_version, "v1.37.2");
+    assert!(client.apiserver_version().await.is_ok());
     let namespaces: Api<k8s_openapi::api::core::v1::Namespace> = Api::all(client);
     assert!(namespaces.get_opt(&namespace).await.unwrap().is_some());
 

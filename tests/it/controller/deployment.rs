@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use csrd::policy::watch::resource;
 use k8s_openapi::{
     ByteString,
     api::{
@@ -15,17 +16,19 @@ use k8s_openapi::{
         core::v1::{ConfigMap, Pod},
         rbac::v1::{ClusterRole, ClusterRoleBinding},
     },
-    apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
 };
 use kube::{
     Api, Client, ResourceExt as _,
-    api::{ApiResource, DynamicObject, ListParams, Patch, PatchParams, PostParams},
+    api::{DynamicObject, Patch, PatchParams, PostParams},
 };
-use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType};
+use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, SanType};
 use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
 
-use crate::cluster::{ControlPlane, Identity, unique};
+use crate::{
+    cluster::{ControlPlane, Identity, unique},
+    policies,
+};
 
 /// Whatever takes this long never comes.
 pub(crate) const NEVER: Duration = Duration::from_secs(120);
@@ -81,7 +84,7 @@ impl Deployment {
         let deployment = Self { cluster, admin, home, work, signer, nodes, agents, folder };
         deployment.allow("csrd-agent", agent_rules()).await;
         deployment.allow("csrd-controller", controller_rules(&deployment.signer)).await;
-        deployment.define_policies().await;
+        policies::define(cluster).await;
         deployment
             .policy(json!({
                 "uris": ["spiffe://example.org/ns/{kubernetes.namespace}/sa/{kubernetes.serviceAccount}"],
@@ -101,42 +104,8 @@ impl Deployment {
             self.cluster.create(json!({"metadata": {"name": name}, "roleRef": role, "subjects": [subject]})).await;
     }
 
-    async fn define_policies(&self) {
-        let definitions: Api<CustomResourceDefinition> = Api::all(self.admin.clone());
-        let definition = json!({
-            "apiVersion": "apiextensions.k8s.io/v1",
-            "kind": "CustomResourceDefinition",
-            "metadata": {"name": "certificatepolicies.csrd.dev"},
-            "spec": {
-                "group": "csrd.dev",
-                "scope": "Cluster",
-                "names": {"plural": "certificatepolicies", "singular": "certificatepolicy", "kind": "CertificatePolicy"},
-                "versions": [{
-                    "name": "v1alpha1", "served": true, "storage": true, "subresources": {"status": {}},
-                    "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": true}},
-                }],
-            },
-        });
-        let parameters = PatchParams::apply("test").force();
-        definitions.patch("certificatepolicies.csrd.dev", &parameters, &Patch::Apply(&definition)).await.unwrap();
-        let policies = self.policies();
-        let served = async {
-            while policies.list(&ListParams::default()).await.is_err() {
-                sleep(POLL).await;
-            }
-        };
-        timeout(NEVER, served).await.expect("the definition is served");
-    }
-
     pub(crate) fn policies(&self) -> Api<DynamicObject> {
-        let resource = ApiResource {
-            group: "csrd.dev".into(),
-            version: "v1alpha1".into(),
-            api_version: "csrd.dev/v1alpha1".into(),
-            kind: "CertificatePolicy".into(),
-            plural: "certificatepolicies".into(),
-        };
-        Api::all_with(self.admin.clone(), &resource)
+        Api::all_with(self.admin.clone(), &resource())
     }
 
     /// Writes the policy of this deployment's workloads; its name is the deployment's work namespace.
@@ -171,14 +140,20 @@ impl Deployment {
         timeout(NEVER, said).await.expect("the policy's status")
     }
 
-    /// Lets the controller approve for a signer of others.
+    /// Lets the controller approve for a signer of others, and see nodes.
     pub(crate) async fn let_approve(&self, signer: &str) {
-        let rules = json!([{"apiGroups": ["certificates.k8s.io"], "resources": ["signers"], "resourceNames": [signer], "verbs": ["approve"]}]);
+        let rules = json!([{"apiGroups": ["certificates.k8s.io"], "resources": ["signers"], "resourceNames": [signer], "verbs": ["approve"]},
+            {"apiGroups": [""], "resources": ["nodes"], "verbs": ["get"]}]);
         self.allow("csrd-controller", rules).await;
     }
 
     /// Starts a controller, with `more` in its configuration.
     pub(crate) async fn controller(&self, more: &str) -> Controller {
+        self.controller_with(more, &[]).await
+    }
+
+    /// With these variables in its environment.
+    pub(crate) async fn controller_with(&self, more: &str, variables: &[(&str, &str)]) -> Controller {
         let token = self.cluster.unbound_token(&self.home, "csrd-controller", &[]).await;
         let kubeconfig = self.cluster.access.kubeconfig(&Identity::Token(token));
         let (config, log) = (self.folder.path().join(unique("config")), self.folder.path().join(unique("log")));
@@ -190,7 +165,7 @@ impl Deployment {
         );
         fs::write(&config, text).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_csrd"));
-        command.arg("controller").arg("--config").arg(config).stdout(Stdio::null());
+        command.arg("controller").arg("--config").arg(config).envs(variables.iter().copied()).stdout(Stdio::null());
         let process = command.stderr(fs::File::create(&log).unwrap()).spawn().unwrap();
         Controller { process, log }
     }
@@ -310,8 +285,20 @@ pub(crate) async fn make(client: &Client, request: Value) -> kube::Result<Reques
 
 /// A PKCS#10 request with one URI, or DNS name, and a key of its own.
 pub(crate) fn pkcs10(name: &str) -> ByteString {
+    request_for(DistinguishedName::new(), name)
+}
+
+/// One with this user and group as its subject.
+pub(crate) fn pkcs10_of(user: &str, group: &str, name: &str) -> ByteString {
+    let mut subject = DistinguishedName::new();
+    subject.push(DnType::OrganizationName, group);
+    subject.push(DnType::CommonName, user);
+    request_for(subject, name)
+}
+
+fn request_for(subject: DistinguishedName, name: &str) -> ByteString {
     let mut params = CertificateParams::default();
-    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name = subject;
     params.subject_alt_names = vec![match name.contains("://") {
         true => SanType::URI(name.try_into().unwrap()),
         false => SanType::DnsName(name.try_into().unwrap()),

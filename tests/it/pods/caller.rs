@@ -402,10 +402,12 @@ async fn a_pod_that_is_not_known_yet_is_waited_for() {
     let unknown = "11111111-2222-3333-4444-555555555555";
     assert_eq!(node.caller(&cgroup_of(unknown, &new_container())).who("").await, "POD_UNKNOWN");
     let web = node.pod("web").await;
-    node.followed.workload(&web).await;
+    let mut caller = node.caller_in(&web);
+    assert_eq!(caller.who("").await, web.uid().unwrap(), "it may be the first to tell");
     node.cluster.delete_pod(&web).await;
     node.followed.until_gone(&web).await;
-    assert_eq!(node.caller_in(&web).who("").await, "POD_UNKNOWN", "a pod that was deleted");
+    assert_eq!(caller.who("").await, "POD_UNKNOWN", "what was proven a moment ago does not hold for a deleted pod");
+    assert_eq!(node.caller_in(&web).who("").await, "POD_UNKNOWN");
     node.end().await;
 }
 

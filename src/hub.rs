@@ -477,4 +477,12 @@ impl HubError {
             Self::Stopping => "AGENT_STOPPING",
         }
     }
+
+    /// How long the signer wants to be left alone.
+    fn retry_after(&self) -> Duration {
+        match self {
+            Self::Issue(error) => error.retry_after().unwrap_or_default(),
+            _ => Duration::ZERO,
+        }
+    }
 }

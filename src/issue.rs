@@ -6,7 +6,7 @@
 use std::{
     fmt,
     sync::{Arc, OnceLock},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use bytes::Bytes;
@@ -171,6 +171,14 @@ impl IssueError {
             Self::Verify(error) => error.is_transient(),
         }
     }
+
+    /// How long the signer wants to be left alone.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Sign(error) => error.retry_after(),
+            _ => None,
+        }
+    }
 }
 
 async fn key(algorithm: KeyAlgorithm, held: Option<Arc<Csr>>) -> Result<Key, IssueError> {
@@ -195,7 +203,7 @@ async fn key(algorithm: KeyAlgorithm, held: Option<Arc<Csr>>) -> Result<Key, Iss
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::Mutex, time::Duration};
+    use std::sync::Mutex;
 
     use tokio::sync::watch;
 

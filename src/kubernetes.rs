@@ -5,16 +5,24 @@
 
 mod trace;
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
+use hyper_rustls::{FixedServerNameResolver, HttpsConnectorBuilder};
+use hyper_util::{
+    client::legacy::{self, connect::HttpConnector},
+    rt::{TokioExecutor, TokioTimer},
+};
 use k8s_openapi::api::authentication::v1::SelfSubjectReview;
 use kube::{
     Api, Client, Config,
     api::PostParams,
-    client::ClientBuilder,
+    client::{Body, ConfigExt as _},
     config::{KubeConfigOptions, Kubeconfig},
 };
-use tower::ServiceBuilder;
+use tower::{BoxError, ServiceBuilder};
 
 /// The signer that the controller signs for, and that a policy in a cluster means when it names none.
 pub const SIGNER: &str = "csrd.dev/workload";
@@ -70,6 +78,12 @@ pub fn node_label(node: &str) -> &str {
     node[..end].trim_end_matches(|c: char| !c.is_ascii_alphanumeric())
 }
 
+/// How long a connection to the API server may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// After so long without a word from the API server it is asked whether it is there.
+const PING_INTERVAL: Duration = Duration::from_secs(20);
+/// How long its answer may take before the connection is given up.
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes in a label's value (Kubernetes, "Labels and Selectors").
 const MAX_LABEL_BYTES: usize = 63;
 
@@ -90,9 +104,18 @@ pub enum ConnectError {
     /// The credentials are of no use.
     #[error("the cluster's credentials cannot be used")]
     Client(#[from] kube::Error),
+    /// A proxy stands before the API server.
+    #[error("the kubeconfig names a proxy, which is not supported: reach the API server directly")]
+    Proxy,
+    /// The name to expect in the API server's certificate.
+    #[error("the kubeconfig's tls-server-name is no server name")]
+    ServerName,
 }
 
 /// A client by the current context of `kubeconfig`, or else by the ServiceAccount of the pod that this process is in.
+///
+/// All that it sends shares one HTTP/2 connection, however many watches are open. Nothing is sent a second time: whoever
+/// asks knows whether it may, and how long there is.
 ///
 /// # Errors
 /// See [`ConnectError`]. Nothing is sent yet, so a server that is away is no error.
@@ -105,8 +128,38 @@ pub async fn connect(kubeconfig: Option<&Path>) -> Result<Client, ConnectError> 
         }
         None => Config::incluster()?,
     };
-    let traced = ServiceBuilder::new().map_request(trace::name_span).map_future(trace::record_audit_id);
-    Ok(ClientBuilder::try_from(config)?.with_layer(&traced.into_inner()).build())
+    client(config)
+}
+
+/// kube's own layers over a connector that offers HTTP/2.
+fn client(config: Config) -> Result<Client, ConnectError> {
+    if config.proxy_url.is_some() {
+        return Err(ConnectError::Proxy);
+    }
+    let mut tcp = HttpConnector::new();
+    tcp.enforce_http(false);
+    tcp.set_nodelay(true);
+    tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
+    let mut tls = HttpsConnectorBuilder::new().with_tls_config(config.rustls_client_config()?).https_or_http();
+    if let Some(name) = &config.tls_server_name {
+        let name = name.clone().try_into().map_err(|_| ConnectError::ServerName)?;
+        tls = tls.with_server_name_resolver(FixedServerNameResolver::new(name));
+    }
+    let connector = tls.enable_all_versions().wrap_connector(tcp);
+    let http: legacy::Client<_, Body> = legacy::Client::builder(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .http2_keep_alive_interval(PING_INTERVAL)
+        .http2_keep_alive_timeout(PING_TIMEOUT)
+        .build(connector);
+    let service = ServiceBuilder::new()
+        .map_request(trace::name_span)
+        .map_future(trace::record_audit_id)
+        .layer(config.base_uri_layer())
+        .option_layer(config.auth_layer()?)
+        .layer(config.extra_headers_layer()?)
+        .map_err(BoxError::from)
+        .service(http);
+    Ok(Client::new(service, config.default_namespace))
 }
 
 /// This process, as the API server knows it.
@@ -115,7 +168,7 @@ pub struct Identity {
     /// Its user name.
     pub username: String,
     /// The node that its token is bound to.
-    node: Option<String>,
+    pub(crate) node: Option<String>,
     /// UID of the pod that its token is bound to.
     pub pod_uid: Option<String>,
 }

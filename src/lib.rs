@@ -59,13 +59,14 @@
 //! | `attest` | `attest::workload`, `attest::pods`, `kubernetes`, `clock` |
 //! | `attest::pods` | `attest`, `attest::workload`, `kubernetes`, `clock`, `backoff` |
 //! | `policy::watch` | `policy`, `files`, `metrics`, `kubernetes` |
-//! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `kubernetes`, `metrics` |
+//! | `trust` | `x509`, `files` |
+//! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `kubernetes`, `metrics`, `backoff`, `telemetry` |
 //! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock` |
 //! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `rate`, `metrics`, `telemetry`, `attest::pods` |
-//! | `server` | `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `hub`, `metrics`, `telemetry` |
+//! | `server` | `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `hub`, `metrics`, `telemetry`, `issue` |
 //! | `controller` | `attest::pods`, `attest::workload`, `policy`, `policy::watch`, `x509`, `signer`, `kubernetes`, `clock`, `backoff`, `rate`, `metrics`, `telemetry` |
 //! | `client` | `proto`, `socket`, `backoff`, `telemetry` |
-//! | `config` | `controller`, `policy`, `signer`, `files`, `socket`, `telemetry`, `kubernetes` |
+//! | `config` | `controller`, `policy`, `signer`, `files`, `socket`, `telemetry`, `kubernetes`, `trust` |
 //! | `agent` | everything |
 //! | `cli` | everything |
 //! | `main` | everything |
@@ -106,4 +107,5 @@ pub mod socket;
 pub mod spiffe;
 pub mod tasks;
 pub mod telemetry;
+pub mod trust;
 pub mod x509;

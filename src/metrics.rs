@@ -15,14 +15,16 @@
 //! | `csrd_policy_generation` | gauge | | number of the policy set in force, from 1 |
 //! | `csrd_ca_not_after_seconds` | gauge | `signer` | end of the CA certificate in force, Unix time |
 //! | `csrd_credential_earliest_expiry_seconds` | gauge | | first end of a live credential, Unix time; `inf` when there is none |
-//! | `csrd_csr_verdicts_total` | counter | `result` approved, refused; `reason` | requests that the controller approved, denied or failed |
-//! | `csrd_csr_waiting` | gauge | | requests that wait for their turn at the controller |
-//! | `csrd_leading` | gauge | | 1 while this replica of the controller leads |
+//! | `csrd_api_requests_total` | `verb`, `result`, `reason` |
+//! | `csrd_api_request_duration_seconds` | `verb` |
+//! | `csrd_csr_verdicts_total` | `result`, `reason` |
+//! | `csrd_csr_waiting` | nothing of ours |
+//! | `csrd_leading` | nothing of ours |
 //! | `csrd_build_info` | info | `version` | what is running |
 //!
 //! No label carries anything a caller can choose: `result` and `reason` are `&'static str` (`reason` is empty when the
 //! result is good, and otherwise one of the closed set of `ErrorInfo.reason`; a refused connection has a set of its own,
-//! see [`ConnectionRefused`]), and `signer` comes from configuration. Nothing here knows a workload.
+//! see [`ConnectionRefused`]), `verb` is one of the few that csrd uses, and `signer` comes from configuration. Nothing here knows a workload.
 
 use std::{
     ops::Deref,
@@ -87,6 +89,8 @@ pub struct Families {
     policy_generation: Gauge,
     ca_not_after: Family<SignerName, Timestamp>,
     earliest_expiry: Timestamp,
+    api_requests: Family<ApiOutcome, Counter>,
+    api_request_duration: Family<Verb, Histogram, fn() -> Histogram>,
 }
 
 impl Metrics {
@@ -141,8 +145,22 @@ impl Metrics {
                 r,
                 "credential_earliest_expiry",
                 "First end of a live credential, Unix time",
-                seconds,
+                seconds.clone(),
                 Timestamp::default(),
+            ),
+            api_requests: add(
+                r,
+                "api_requests",
+                "Requests about CertificateSigningRequests to the API server",
+                None,
+                Family::default(),
+            ),
+            api_request_duration: add(
+                r,
+                "api_request_duration",
+                "Time of one request about a CertificateSigningRequest",
+                seconds,
+                Family::new_with_constructor(|| Histogram::new(DURATION_BUCKETS_SECONDS)),
             ),
             registry,
         };
@@ -201,6 +219,13 @@ impl Families {
     /// A policy set was not loaded, and the last good one stays in force.
     pub fn policy_load_failed(&self) {
         self.policy_loads.get_or_create(&LoadResult { result: "error" }).inc();
+    }
+
+    /// Counts a request to the API server that took `took`; `reason` is the error's `reason()`.
+    pub fn api_request(&self, verb: &'static str, outcome: Result<(), &'static str>, took: Duration) {
+        let (result, reason) = outcome.map_or_else(|reason| ("error", reason), |()| ("ok", ""));
+        self.api_requests.get_or_create(&ApiOutcome { verb, result, reason }).inc();
+        self.api_request_duration.get_or_create(&Verb { verb }).observe(took.as_secs_f64());
     }
 
     /// The first end of a live credential; `None` when there is none.
@@ -305,6 +330,18 @@ struct LoadResult {
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ApiOutcome {
+    verb: &'static str,
+    result: &'static str,
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Verb {
+    verb: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct SignerName {
     signer: String,
 }
@@ -345,6 +382,8 @@ mod tests {
         signer.issued(Duration::from_millis(2));
         signer.failed("CA_EXPIRED", Duration::from_secs(90));
         signer.set_ca_not_after(UNIX_EPOCH + Duration::from_secs(1_900_000_000));
+        metrics.api_request("create", Ok(()), Duration::from_millis(2));
+        metrics.api_request("create", Err("API_THROTTLED"), Duration::from_millis(2));
         metrics
     }
 
@@ -390,6 +429,11 @@ mod tests {
         # HELP csrd_credential_earliest_expiry_seconds First end of a live credential, Unix time.
         # TYPE csrd_credential_earliest_expiry_seconds gauge
         # UNIT csrd_credential_earliest_expiry_seconds seconds
+        # HELP csrd_api_requests Requests about CertificateSigningRequests to the API server.
+        # TYPE csrd_api_requests counter
+        # HELP csrd_api_request_duration_seconds Time of one request about a CertificateSigningRequest.
+        # TYPE csrd_api_request_duration_seconds histogram
+        # UNIT csrd_api_request_duration_seconds seconds
         # EOF
         ");
     }
@@ -401,8 +445,8 @@ mod tests {
             .lines()
             .filter(|line| !line.starts_with('#'))
             .map(|line| line.split(['{', ' ']).next().unwrap())
-            .map(|name| match name.strip_prefix("csrd_issuance_duration_seconds") {
-                Some("_bucket" | "_sum" | "_count") => "csrd_issuance_duration_seconds",
+            .map(|name| match name.rsplit_once('_') {
+                Some((histogram, "bucket" | "sum" | "count")) => histogram,
                 _ => name,
             })
             .collect();
@@ -442,6 +486,9 @@ mod tests {
             "csrd_policy_generation 3",
             r#"csrd_ca_not_after_seconds{signer="embedded"} 1900000000.0"#,
             "csrd_credential_earliest_expiry_seconds inf",
+            r#"csrd_api_requests_total{verb="create",result="ok",reason=""} 1"#,
+            r#"csrd_api_requests_total{verb="create",result="error",reason="API_THROTTLED"} 1"#,
+            r#"csrd_api_request_duration_seconds_count{verb="create"} 2"#,
             concat!(r#"csrd_build_info{version=""#, env!("CARGO_PKG_VERSION"), r#""} 1"#),
         ] {
             assert!(text.lines().any(|exposed| exposed == line), "{line} is not in\n{text}");

@@ -5,8 +5,9 @@
 //! leaves; it signs when asked.
 
 pub mod embedded;
+pub mod kubernetes;
 
-use std::{fmt, pin::Pin, sync::Arc};
+use std::{fmt, pin::Pin, sync::Arc, time::Duration};
 
 use tokio::sync::watch;
 
@@ -15,6 +16,8 @@ use crate::{
     policy::Grant,
     x509::{Bundle, Chain, Csr, KeyError, PrivateKey, PublicKey},
 };
+
+use kubernetes::KubernetesError;
 
 /// The answer of a signer, when it comes.
 pub type Signing<'a> = Pin<Box<dyn Future<Output = Result<Chain, SignError>> + Send + 'a>>;
@@ -95,9 +98,12 @@ pub enum SignError {
     /// The library could not sign.
     #[error("the CA's private key cannot be used")]
     Key(#[from] KeyError),
-    /// The chain just signed does not parse: a mistake of ours.
+    /// The chain just signed does not parse: a mistake of the signer.
     #[error("the signer made a malformed certificate")]
     Malformed,
+    /// The API server, or who approves or signs there, brought no certificate.
+    #[error(transparent)]
+    Kubernetes(#[from] KubernetesError),
 }
 
 impl SignError {
@@ -108,6 +114,7 @@ impl SignError {
             Self::NoKeyUsage => "USAGES_INCOMPLETE",
             Self::Key(_) => "CA_KEY_UNUSABLE",
             Self::Malformed => "SIGNER_MALFORMED_CERTIFICATE",
+            Self::Kubernetes(error) => error.reason(),
         }
     }
 
@@ -116,6 +123,15 @@ impl SignError {
         match self {
             Self::CaNotValid | Self::Key(_) => true,
             Self::NoKeyUsage | Self::Malformed => false,
+            Self::Kubernetes(error) => error.is_transient(),
+        }
+    }
+
+    /// How long the signer wants to be left alone.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Kubernetes(error) => error.retry_after(),
+            _ => None,
         }
     }
 }

@@ -13,6 +13,7 @@ pub(crate) mod pem;
 mod read;
 pub mod usage;
 pub mod verify;
+pub(crate) mod write;
 
 pub(crate) use ca::CaCertificate;
 pub use chain::{Bundle, Chain, ChainError};

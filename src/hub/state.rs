@@ -307,7 +307,9 @@ impl State {
                 let Some(not_after) = not_after else { return self.end(id, Snapshot::Failed(error)) };
                 entry.failures = entry.failures.saturating_add(1);
                 let left = not_after.duration_since(now).unwrap_or_default();
-                let retry_at = now + RETRY.bounded_by(left, entry.failures, &mut self.rng);
+                let wait = RETRY.bounded_by(left, entry.failures, &mut self.rng);
+                // Later if the signer asks for it, spread all the same, but still before the end.
+                let retry_at = now + wait.max((wait + error.retry_after()).min(left));
                 let delay = Arc::new(Delay { reason: error.reason(), message: with_causes(&error), retry_at });
                 self.change(id, |live| live.delay = Some((sequence, delay)));
                 self.reschedule(id, now);

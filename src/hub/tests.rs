@@ -23,7 +23,7 @@ use super::*;
 use crate::{
     attest::{PodFacts, pods::Scope},
     policy::{EMBEDDED, Source},
-    signer::{SignError, Signing, SigningRequest, embedded},
+    signer::{SignError, Signing, SigningRequest, embedded, kubernetes},
     x509::{DnsName, KeyAlgorithm, Names, PrivateKey, Usages},
 };
 
@@ -216,6 +216,23 @@ async fn a_failed_renewal_keeps_the_certificate_says_so_and_is_tried_again_befor
     let second = certificate(subscription.next().await);
     assert!(bench.clock.now() < first.credential.not_after(), "renewed while the old one was valid");
     assert!(second.delay.is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_signer_that_asks_to_be_left_alone_is_but_no_longer_than_the_certificate_lives() {
+    let bench = Bench::new();
+    let mut subscription = bench.subscribe(1, "a.example.org").await.unwrap();
+    certificate(subscription.next().await);
+    let busy = |seconds| {
+        let source = kubernetes::ApiError::Throttled { retry_after: Duration::from_secs(seconds) };
+        Some(SignError::Kubernetes(kubernetes::KubernetesError::Api { action: "create", source }))
+    };
+    bench.fail(busy(60));
+    let Event::Delayed(_, delay, _) = subscription.next().await else { panic!("a delay was expected") };
+    assert!(delay.retry_at >= bench.clock.now() + Duration::from_secs(60));
+    bench.fail(busy(100_000));
+    let Event::Delayed(_, delay, live) = subscription.next().await else { panic!("a delay was expected") };
+    assert_eq!(delay.retry_at, live.credential.not_after());
 }
 
 #[tokio::test(start_paused = true)]

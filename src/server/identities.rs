@@ -237,7 +237,8 @@ impl Identity {
 
     /// The roots of its signer, never older than its certificate.
     pub(super) fn roots(&self) -> Option<Arc<Bundle>> {
-        self.roots.as_ref().map(|roots| roots.borrow().clone())
+        // None before they have been read the first time.
+        self.roots.as_ref().map(|roots| roots.borrow().clone()).filter(|roots| !roots.is_empty())
     }
 
     async fn changed(&mut self) -> Change {

@@ -94,7 +94,8 @@ impl v1::certificate_service_server::CertificateService for Issuance {
         })?;
         telemetry::record_status(&call.span, Code::Ok as i32, "");
         let counted = counted(&self.engine.metrics.subscribers);
-        let bundles = WatchStream::new(bundle).map(move |bundle| {
+        let known = WatchStream::new(bundle).filter(|bundle| !bundle.is_empty());
+        let bundles = known.map(move |bundle| {
             let _ = &counted;
             Ok(v1::WatchTrustBundleResponse { trust_bundle: bundle.pem(), sha256_fingerprints: bundle.fingerprints() })
         });

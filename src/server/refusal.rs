@@ -30,6 +30,13 @@
 //! | `CERTIFICATE_EXPIRED` | UNAVAILABLE | call again; the message says why the renewal fails |
 //! | `CERTIFICATE_NOT_AS_GRANTED` | INTERNAL, or UNAVAILABLE while it is only a matter of time | the signer is at fault: see the agent's log |
 //! | `SIGNER_MALFORMED_CERTIFICATE`, `KEY_ALGORITHM_NOT_GRANTED`, `USAGES_INCOMPLETE` | INTERNAL | signer or policy are at fault: see the message |
+//! | `CSR_NAMES_DIFFER` | INVALID_ARGUMENT | make another PKCS#10 request, for the names that the message lists |
+//! | `APPROVAL_DENIED` | PERMISSION_DENIED | ask for what the approver allows; the message has its reason |
+//! | `NOT_A_POD`, `LIFETIME_TOO_SHORT`, `SIGNING_REFUSED`, `API_INVALID` | FAILED_PRECONDITION | change the policy: this signer does not sign what it grants |
+//! | `APPROVAL_PENDING`, `SIGNER_ABSENT`, `TRUST_BUNDLE_MISSING` | UNAVAILABLE | call again; the message says who is missing in the cluster |
+//! | `CSR_DELETED`, `CSR_REPLACED` | UNAVAILABLE | call again; the operator finds out who touches requests of agents |
+//! | `API_UNREACHABLE`, `API_TIMEOUT`, `API_THROTTLED`, `API_SERVER_ERROR`, `API_CONFLICT` | UNAVAILABLE | call again, later |
+//! | `API_UNAUTHORIZED`, `API_FORBIDDEN`, `API_NOT_FOUND`, `API_UNEXPECTED` | UNAVAILABLE | call again; the operator mends the agent's rights in the cluster |
 //! | `ISSUANCE_LOST` | INTERNAL | report it: the agent's log has the details |
 
 use std::{collections::HashMap, time::Duration};
@@ -41,7 +48,9 @@ use super::convert::RequestError;
 use crate::{
     attest::AttestError,
     hub::{HubError, with_causes},
+    issue::IssueError,
     proto::ERROR_DOMAIN,
+    signer::{SignError, kubernetes::KubernetesError},
 };
 
 /// Of a signer that is not there, whoever names it. Clients may come back: a policy or the agent's configuration mends it.
@@ -122,11 +131,26 @@ impl From<&HubError> for Refusal {
             HubError::Denied(_) | HubError::PodGone(_) => Code::PermissionDenied,
             HubError::UnknownSigner { .. } => SIGNER_UNKNOWN_CODE,
             HubError::RateLimited { .. } | HubError::TooMany { .. } => Code::ResourceExhausted,
-            HubError::Issue(error) if !error.is_transient() => Code::Internal,
+            HubError::Issue(error) => of_issue(error),
             HubError::Lost => Code::Internal,
-            HubError::Issue(_) | HubError::TimedOut | HubError::Expired(_) => Code::Unavailable,
+            HubError::TimedOut | HubError::Expired(_) => Code::Unavailable,
         };
         Self::new(code, error.reason(), with_causes(error))
+    }
+}
+
+/// Of an attempt that failed.
+fn of_issue(error: &IssueError) -> Code {
+    if error.is_transient() {
+        return Code::Unavailable;
+    }
+    match error {
+        IssueError::Sign(SignError::Kubernetes(error)) => match error {
+            KubernetesError::OtherNames { .. } => Code::InvalidArgument,
+            KubernetesError::Denied { .. } => Code::PermissionDenied,
+            _ => Code::FailedPrecondition,
+        },
+        _ => Code::Internal,
     }
 }
 
@@ -161,11 +185,13 @@ mod tests {
             include_str!("../issue.rs"),
             include_str!("../policy.rs"),
             include_str!("../signer.rs"),
+            include_str!("../signer/kubernetes/failure.rs"),
             include_str!("../x509/csr.rs"),
             include_str!("convert.rs"),
         ] {
-            let body = engine.split("fn reason(&self) -> &'static str {").nth(1).expect("every engine has one");
-            made.extend(reasons(body.split("\n    }\n").next().unwrap(), '"'));
+            let bodies: Vec<_> = engine.split("fn reason(&self) -> &'static str {").skip(1).collect();
+            assert!(!bodies.is_empty(), "every engine has one");
+            bodies.iter().for_each(|body| made.extend(reasons(body.split("\n    }\n").next().unwrap(), '"')));
         }
         for own in [
             include_str!("refusal.rs"),

@@ -60,6 +60,12 @@ impl Chain {
         Ok(Self { not_before, not_after, serial, certificates })
     }
 
+    /// This chain less the certificates that are roots in `bundle`, which some signers send along.
+    pub(crate) fn without(mut self, bundle: &Bundle) -> Result<Self, ChainError> {
+        self.certificates.retain(|certificate| !bundle.roots.contains(certificate));
+        Self::new(self.certificates)
+    }
+
     /// The leaf in DER.
     pub fn leaf_der(&self) -> &CertificateDer<'static> {
         &self.certificates[0]
@@ -96,8 +102,8 @@ impl Chain {
     }
 }
 
-/// The roots by which certificates of one signer are verified; never empty. Equal bundles hold the same roots in order.
-#[derive(Clone, Debug)]
+/// The roots by which certificates of one signer are verified. Equal bundles hold the same roots in order.
+#[derive(Clone, Debug, Default)]
 pub struct Bundle {
     roots: Vec<CertificateDer<'static>>,
     /// The roots as path building wants them, in the same order.
@@ -134,6 +140,16 @@ impl Bundle {
             validity.push((system_time(dates.not_before), system_time(dates.not_after)));
         }
         Ok(Self { roots, anchors, validity, pem: OnceLock::new() })
+    }
+
+    /// No roots, because they have not been learned yet: nothing verifies. Never read from anywhere.
+    pub(crate) fn none() -> Self {
+        Self::default()
+    }
+
+    /// Whether the roots have not been learned yet.
+    pub fn is_empty(&self) -> bool {
+        self.roots.is_empty()
     }
 
     /// The roots in DER.
@@ -290,6 +306,16 @@ mod tests {
         assert_eq!(chain.serial_hex(), "800a");
         assert_eq!(chain.leaf_der().as_ref(), leaf);
         assert!(chain.concatenated_der().starts_with(&leaf));
+    }
+
+    #[test]
+    fn a_chain_loses_the_roots_that_its_signer_sent_along() {
+        let [leaf, intermediate, root] = [(); 3].map(|()| certificate(|_| ()));
+        let bundle = Bundle::from_der(vec![root.clone()]).unwrap();
+        let whole = Chain::from_der(vec![leaf.clone(), intermediate.clone(), root.clone()]).unwrap();
+        assert_eq!(whole.without(&bundle).unwrap(), Chain::from_der(vec![leaf, intermediate]).unwrap());
+        assert_eq!(Chain::from_der(vec![root]).unwrap().without(&bundle), Err(ChainError::Empty));
+        assert!(Bundle::none().is_empty() && !bundle.is_empty());
     }
 
     #[test]

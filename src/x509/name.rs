@@ -37,7 +37,12 @@ pub struct Names {
 impl Names {
     /// Whether no name of any kind is set.
     pub fn is_empty(&self) -> bool {
-        self.common_name.is_none() && self.organizations.is_empty() && self.san_count() == 0
+        self.has_no_subject() && self.san_count() == 0
+    }
+
+    /// Whether the subject is empty, which makes alternative names critical (RFC 5280 section 4.2.1.6).
+    pub(crate) fn has_no_subject(&self) -> bool {
+        self.common_name.is_none() && self.organizations.is_empty()
     }
 
     /// Subject alternative names of all kinds.

@@ -153,7 +153,7 @@ pub enum VerifyError {
     #[error("the certificate is not valid yet: the signer's clock and ours differ by more than {} s", MAX_CLOCK_SKEW.as_secs())]
     NotYetValid,
     /// NotAfter has passed.
-    #[error("the certificate has expired")]
+    #[error("the certificate has expired: compare the clocks of this host and of the signer")]
     Expired,
     /// NotBefore set back by more than [`MAX_BACKDATE`].
     #[error("the certificate's validity begins more than {} s ago", MAX_BACKDATE.as_secs())]
@@ -179,7 +179,9 @@ pub enum VerifyError {
     #[error("the chain holds certificates that are no part of the path to the root, or in another order")]
     Unrelated,
     /// No path, or one that breaks a name constraint or another rule.
-    #[error("the chain does not lead to a root of the trust bundle")]
+    #[error(
+        "the chain does not lead to a root of the trust bundle, so other workloads would not trust it: give the agent the bundle of the CA that signs"
+    )]
     Path(#[source] webpki::Error),
     /// The root itself is outside its validity.
     #[error("the root that the chain leads to is not valid now")]
@@ -199,8 +201,7 @@ fn check_names(leaf: &X509Certificate<'_>, expected: &Names) -> Result<(), Verif
     let san = leaf.subject_alternative_name().map_err(|_| VerifyError::Extension { extension: "subjectAltName" })?;
     if let Some(san) = &san {
         read::alternative_names(san.value, &mut names)?;
-        let no_subject = names.common_name.is_none() && names.organizations.is_empty();
-        if san.critical != no_subject {
+        if san.critical != names.has_no_subject() {
             return Err(VerifyError::SanCriticality);
         }
     }

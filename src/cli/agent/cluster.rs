@@ -13,11 +13,15 @@ use crate::{
     attest::{Pods, pods::Scope, token::Tokens},
     backoff::Backoff,
     clock::Clock,
-    config::Kubernetes,
+    config::{ClusterSigner, Kubernetes},
     kubernetes::{self, Identity},
     metrics::Metrics,
     policy::{PolicySet, watch::ClusterPolicies},
-    signer::Sign,
+    signer::{
+        self, Sign,
+        kubernetes::{Approval, Cleaner, Parts, probe},
+    },
+    trust,
 };
 
 /// Between tries to ask the API server who the agent is.
@@ -47,16 +51,45 @@ pub(super) async fn join(
     let policies = ClusterPolicies::new(client.clone(), metrics.clone());
     let in_force = policies.subscribe();
     let policies_synced = policies.synced();
-    let (signers, mut background) = signers(&config);
+    let common = (clock, metrics, stop);
+    let (signers, mut background) = signers(&config, &client, (&identity, &node), common).await?;
     background.push(("pods", Box::pin(pods.clone().run(client, stop.clone()))));
     background.push(("policies", Box::pin(policies.run(stop.clone()))));
     let cluster = Cluster { node, own_pod: identity.pod_uid, policies_synced, pods, tokens };
     Ok(Some(InCluster { cluster, policies: in_force, signers, background }))
 }
 
-/// The signers that `config` names, the default one first, and what keeps their roots current.
-fn signers(_config: &Kubernetes) -> (Vec<Arc<dyn Sign>>, Vec<Background>) {
-    (Vec::new(), Vec::new())
+/// The signers that `config` names, the default one first, with what keeps their roots current and deletes their
+/// requests. An agent that is to approve its own is refused unless it is kept from approving others'.
+async fn signers(
+    config: &Kubernetes,
+    client: &Client,
+    (identity, node): (&Identity, &str),
+    (clock, metrics, stop): (&Clock, &Metrics, &CancellationToken),
+) -> anyhow::Result<(Vec<Arc<dyn Sign>>, Vec<Background>)> {
+    if config.approval == Approval::Agent {
+        let names: Vec<&str> = config.signers.iter().map(|signer| signer.name.as_str()).collect();
+        probe(client, identity, &names, metrics.clone()).await?;
+    }
+    let (cleaner, cleaning) =
+        Cleaner::new(client.clone(), identity.clone(), node.to_owned(), clock.clone(), metrics.clone(), stop.clone());
+    let (mut signers, mut background): (Vec<Arc<dyn Sign>>, Vec<Background>) = (Vec::new(), Vec::new());
+    background.push(("cleaner", Box::pin(cleaning)));
+    for ClusterSigner { name, bundle } in &config.signers {
+        let (roots, following) = trust::follow(client.clone(), bundle.clone(), stop.clone());
+        background.push(("trust bundle", Box::pin(following)));
+        signers.push(Arc::new(signer::kubernetes::Kubernetes::new(Parts {
+            client: client.clone(),
+            signer: name.clone(),
+            approval: config.approval,
+            node: node.to_owned(),
+            roots,
+            roots_from: bundle.to_string(),
+            cleaner: cleaner.clone(),
+            metrics: metrics.clone(),
+        })));
+    }
+    Ok((signers, background))
 }
 
 async fn identity(client: &Client) -> anyhow::Result<Identity> {

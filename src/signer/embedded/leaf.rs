@@ -3,10 +3,7 @@
 //! Written here and not by rcgen because its distinguished names hold one organization at most, and because an issuer's
 //! name must be copied byte for byte, in whatever string types another CA wrote it: path building compares bytes.
 
-use std::{
-    net::IpAddr,
-    time::{Duration, SystemTime},
-};
+use std::time::{Duration, SystemTime};
 
 use aws_lc_rs::{
     digest::{SHA256, digest},
@@ -16,12 +13,15 @@ use rcgen::PublicKeyData as _;
 use time::OffsetDateTime;
 use yasna::{
     DERWriter, DERWriterSeq, Tag,
-    models::{GeneralizedTime, ObjectIdentifier, UTCTime},
+    models::{GeneralizedTime, UTCTime},
 };
 
 use crate::{
     signer::SignError,
-    x509::{Names, PrivateKey, PublicKey, Usage, Usages},
+    x509::{
+        Names, PrivateKey, PublicKey, Usage, Usages,
+        write::{SUBJECT_ALT_NAME, write_alternative_names, write_extension, write_oid, write_subject},
+    },
 };
 
 /// Bytes of a serial number before encoding: 128 random bits, so that none is ever guessed or repeated.
@@ -29,11 +29,8 @@ pub(super) const SERIAL_BYTES: usize = 16;
 /// Bytes of a key identifier: SHA-256 of the key cut to 160 bits (RFC 7093 section 2, method 1).
 const KEY_ID_BYTES: usize = 20;
 
-const COMMON_NAME: &[u64] = &[2, 5, 4, 3];
-const ORGANIZATION: &[u64] = &[2, 5, 4, 10];
 const SUBJECT_KEY_ID: &[u64] = &[2, 5, 29, 14];
 const KEY_USAGE: &[u64] = &[2, 5, 29, 15];
-const SUBJECT_ALT_NAME: &[u64] = &[2, 5, 29, 17];
 const BASIC_CONSTRAINTS: &[u64] = &[2, 5, 29, 19];
 const AUTHORITY_KEY_ID: &[u64] = &[2, 5, 29, 35];
 const EXTENDED_KEY_USAGE: &[u64] = &[2, 5, 29, 37];
@@ -88,13 +85,13 @@ impl Leaf<'_> {
     }
 
     fn write_extensions(&self, extensions: &mut DERWriterSeq<'_>) {
-        extension(extensions, AUTHORITY_KEY_ID, false, |writer| {
+        write_extension(extensions, AUTHORITY_KEY_ID, false, |writer| {
             writer.write_sequence(|fields| {
                 fields.next().write_tagged_implicit(Tag::context(0), |id| id.write_bytes(self.issuer_key_id));
             });
         });
-        extension(extensions, SUBJECT_KEY_ID, false, |writer| writer.write_bytes(&key_id(self.public_key)));
-        extension(extensions, KEY_USAGE, true, |writer| {
+        write_extension(extensions, SUBJECT_KEY_ID, false, |writer| writer.write_bytes(&key_id(self.public_key)));
+        write_extension(extensions, KEY_USAGE, true, |writer| {
             // Bits 0 and 2 of RFC 5280 section 4.2.1.3, trailing zeros cut off as DER demands.
             match (self.usages.contains(Usage::DigitalSignature), self.usages.contains(Usage::KeyEncipherment)) {
                 (signs, true) => writer.write_bitvec_bytes(&[if signs { 0b1010_0000 } else { 0b0010_0000 }], 3),
@@ -104,15 +101,17 @@ impl Leaf<'_> {
         let purposes = [(Usage::ServerAuth, SERVER_AUTH), (Usage::ClientAuth, CLIENT_AUTH)];
         let mut purposes = purposes.into_iter().filter(|(usage, _)| self.usages.contains(*usage)).peekable();
         if purposes.peek().is_some() {
-            extension(extensions, EXTENDED_KEY_USAGE, false, |writer| {
+            write_extension(extensions, EXTENDED_KEY_USAGE, false, |writer| {
                 writer.write_sequence(|list| purposes.for_each(|(_, oid)| write_oid(list.next(), oid)));
             });
         }
         // cA is FALSE by default, and DER leaves defaults out: present and empty.
-        extension(extensions, BASIC_CONSTRAINTS, true, |writer| writer.write_sequence(|_| ()));
+        write_extension(extensions, BASIC_CONSTRAINTS, true, |writer| writer.write_sequence(|_| ()));
         if self.names.san_count() > 0 {
-            let no_subject = self.names.common_name.is_none() && self.names.organizations.is_empty();
-            extension(extensions, SUBJECT_ALT_NAME, no_subject, |writer| write_alternative_names(writer, self.names));
+            let critical = self.names.has_no_subject();
+            write_extension(extensions, SUBJECT_ALT_NAME, critical, |writer| {
+                write_alternative_names(writer, self.names)
+            });
         }
     }
 }
@@ -133,42 +132,6 @@ pub(super) fn random_serial() -> [u8; SERIAL_BYTES] {
     serial
 }
 
-/// Organizations, then the common name, each its own RDN, as UTF8String.
-fn write_subject(writer: DERWriter<'_>, names: &Names) {
-    let organizations = names.organizations.iter().map(|name| (ORGANIZATION, name));
-    let common_name = names.common_name.iter().map(|name| (COMMON_NAME, name));
-    writer.write_sequence(|rdns| {
-        for (oid, text) in organizations.chain(common_name) {
-            rdns.next().write_set(|rdn| {
-                rdn.next().write_sequence(|attribute| {
-                    write_oid(attribute.next(), oid);
-                    attribute.next().write_utf8_string(text);
-                });
-            });
-        }
-    });
-}
-
-/// GeneralNames (RFC 5280 section 4.2.1.6).
-fn write_alternative_names(writer: DERWriter<'_>, names: &Names) {
-    const DNS: u64 = 2;
-    const URI: u64 = 6;
-    const IP: u64 = 7;
-    writer.write_sequence(|list| {
-        let mut name = |kind, bytes: &[u8]| {
-            list.next().write_tagged_implicit(Tag::context(kind), |writer| writer.write_bytes(bytes));
-        };
-        names.dns.iter().for_each(|dns| name(DNS, dns.as_str().as_bytes()));
-        for ip in &names.ips {
-            match ip {
-                IpAddr::V4(ip) => name(IP, &ip.octets()),
-                IpAddr::V6(ip) => name(IP, &ip.octets()),
-            }
-        }
-        names.uris.iter().for_each(|uri| name(URI, uri.as_bytes()));
-    });
-}
-
 /// UTCTime to the end of 2049, GeneralizedTime from then on, in whole seconds (RFC 5280 section 4.1.2.5).
 fn write_time(writer: DERWriter<'_>, time: SystemTime) {
     let seconds = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
@@ -177,20 +140,6 @@ fn write_time(writer: DERWriter<'_>, time: SystemTime) {
         Some(time) => writer.write_utctime(&time),
         None => writer.write_generalized_time(&GeneralizedTime::from_datetime(time)),
     }
-}
-
-fn extension(list: &mut DERWriterSeq<'_>, oid: &[u64], critical: bool, value: impl FnOnce(DERWriter<'_>)) {
-    list.next().write_sequence(|fields| {
-        write_oid(fields.next(), oid);
-        if critical {
-            fields.next().write_bool(true);
-        }
-        fields.next().write_bytes(&yasna::construct_der(value));
-    });
-}
-
-fn write_oid(writer: DERWriter<'_>, oid: &[u64]) {
-    writer.write_oid(&ObjectIdentifier::from_slice(oid));
 }
 
 #[cfg(test)]

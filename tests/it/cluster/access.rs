@@ -23,6 +23,7 @@ pub(crate) enum Identity {
 }
 
 /// A way to the API server: straight, or through a proxy.
+#[derive(Clone)]
 pub(crate) struct Access {
     pub(crate) url: String,
     pub(crate) ca_certificate: String,

@@ -16,9 +16,13 @@ use crate::{
     files::{self, FileError},
     kubernetes::{NAMESPACE, SIGNER, TRUST_BUNDLE, TRUST_BUNDLE_KEY},
     policy::lifetime,
-    signer::embedded::{DEFAULT_CA_LIFETIME, EmbeddedConfig, MAX_CA_LIFETIME, MIN_CA_LIFETIME},
+    signer::{
+        embedded::{DEFAULT_CA_LIFETIME, EmbeddedConfig, MAX_CA_LIFETIME, MIN_CA_LIFETIME},
+        kubernetes::{Approval, DEFAULT_BURST, DEFAULT_PER_SECOND},
+    },
     socket::SocketPath,
     telemetry::Log,
+    trust,
 };
 
 /// Bytes of a configuration file.
@@ -43,7 +47,7 @@ pub struct Config {
     /// How logs are written.
     pub log: Log,
     /// Rates.
-    pub limits: LimitsFile,
+    pub limits: Rates,
 }
 
 /// Where policies come from, and who signs.
@@ -76,17 +80,6 @@ pub struct Kubernetes {
     pub signers: Vec<ClusterSigner>,
 }
 
-/// Who approves the agent's CertificateSigningRequests.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub enum Approval {
-    /// The controller.
-    #[default]
-    Controller,
-    /// The agent, of its own node's.
-    Agent,
-}
-
 /// A signerName of the cluster, and where its roots are published.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
@@ -94,31 +87,7 @@ pub struct ClusterSigner {
     /// The signerName.
     pub name: String,
     /// Its roots.
-    pub bundle: BundleSource,
-}
-
-/// Where roots are published, as PEM.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub enum BundleSource {
-    /// A file on this host.
-    File(PathBuf),
-    /// A key of a ConfigMap.
-    ConfigMap(ConfigMapKey),
-    /// A ClusterTrustBundle.
-    ClusterTrustBundle(String),
-}
-
-/// One key of one ConfigMap.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ConfigMapKey {
-    /// Its namespace.
-    pub namespace: String,
-    /// Its name.
-    pub name: String,
-    /// The key.
-    pub key: String,
+    pub bundle: trust::Source,
 }
 
 /// Settings that the command line puts before the file's.
@@ -152,6 +121,14 @@ struct File {
     limits: LimitsFile,
 }
 
+/// Rates as they are written; what is left out depends on the mode.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
+struct LimitsFile {
+    all: Option<RateFile>,
+    per_workload: Option<RateFile>,
+}
+
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase", default)]
 struct SignerFile {
@@ -168,9 +145,8 @@ struct EmbeddedFile {
 }
 
 /// Rates at which certificates are issued.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
-pub struct LimitsFile {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rates {
     /// All signers, all workloads.
     pub all: RateFile,
     /// Each workload's user.
@@ -249,12 +225,20 @@ impl Config {
                 )?,
             },
         };
+        let defaults = match mode {
+            Mode::Host { .. } => Rates::HOST,
+            Mode::Kubernetes(_) => Rates::KUBERNETES,
+        };
+        let limits = Rates {
+            all: file.limits.all.unwrap_or(defaults.all),
+            per_workload: file.limits.per_workload.unwrap_or(defaults.per_workload),
+        };
         Ok(Self {
             socket: overrides.socket.or(file.socket).unwrap_or_default(),
             admin: overrides.admin.or(file.admin),
             mode,
             log: file.log,
-            limits: file.limits,
+            limits,
         })
     }
 }
@@ -278,11 +262,11 @@ impl Kubernetes {
 
 impl Default for Kubernetes {
     fn default() -> Self {
-        let bundle = BundleSource::ConfigMap(ConfigMapKey {
+        let bundle = trust::Source::ConfigMap {
             namespace: NAMESPACE.to_owned(),
             name: TRUST_BUNDLE.to_owned(),
             key: TRUST_BUNDLE_KEY.to_owned(),
-        });
+        };
         Self {
             kubeconfig: None,
             node: None,
@@ -293,13 +277,17 @@ impl Default for Kubernetes {
     }
 }
 
-impl Default for LimitsFile {
-    fn default() -> Self {
-        let rate = |per_second, burst| RateFile {
-            per_second: NonZeroU32::new(per_second).expect("not zero"),
-            burst: NonZeroU32::new(burst).expect("not zero"),
-        };
-        Self { all: rate(500, 1000), per_workload: rate(50, 500) }
+impl Rates {
+    /// Of a CA in this process.
+    pub const HOST: Self = Self { all: rate(500, 1000), per_workload: rate(50, 500) };
+    /// Of an API server that many agents share.
+    pub const KUBERNETES: Self = Self { all: rate(DEFAULT_PER_SECOND, DEFAULT_BURST), ..Self::HOST };
+}
+
+const fn rate(per_second: u32, burst: u32) -> RateFile {
+    RateFile {
+        per_second: NonZeroU32::new(per_second).expect("not zero"),
+        burst: NonZeroU32::new(burst).expect("not zero"),
     }
 }
 
@@ -366,6 +354,14 @@ mod tests {
     }
 
     #[test]
+    fn rates_that_are_left_out_suit_who_signs() {
+        assert_eq!(load("{}").unwrap().limits, Rates::HOST);
+        assert_eq!(load("kubernetes: {}").unwrap().limits, Rates::KUBERNETES);
+        let given = load("{kubernetes: {}, limits: {all: {perSecond: 7, burst: 9}}}").unwrap().limits;
+        assert_eq!(given, Rates { all: rate(7, 9), ..Rates::KUBERNETES });
+    }
+
+    #[test]
     fn a_flag_goes_before_the_file() {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         writeln!(file, "socket: unix:///a.sock\npolicies: [/a]\nstateDir: /a").unwrap();
@@ -409,16 +405,16 @@ mod tests {
         let overrides = Overrides { kubernetes: true, ..Overrides::default() };
         assert_eq!(Config::load(None, overrides).unwrap().mode, defaults);
         let signer = |name: &str, bundle| ClusterSigner { name: name.to_owned(), bundle };
-        let key = ConfigMapKey { namespace: "a".to_owned(), name: "b".to_owned(), key: "c".to_owned() };
+        let (namespace, name, key) = ("a".to_owned(), "b".to_owned(), "c".to_owned());
         let whole = Kubernetes {
             kubeconfig: Some("/k".into()),
             node: Some("n".to_owned()),
             approval: Approval::Agent,
             audience: "x".to_owned(),
             signers: vec![
-                signer("example.org/a", BundleSource::ConfigMap(key)),
-                signer("example.org/b", BundleSource::File("/f".into())),
-                signer("example.org/c", BundleSource::ClusterTrustBundle("t".to_owned())),
+                signer("example.org/a", trust::Source::ConfigMap { namespace, name, key }),
+                signer("example.org/b", trust::Source::File("/f".into())),
+                signer("example.org/c", trust::Source::ClusterTrustBundle("t".to_owned())),
             ],
         };
         let text = "kubernetes:

@@ -14,6 +14,7 @@ use kube::{
     Api, Client,
     runtime::{WatchStreamExt as _, watcher},
 };
+use serde::Deserialize;
 use tokio::{sync::watch, task::spawn_blocking, time::sleep};
 use tokio_util::sync::CancellationToken;
 
@@ -30,7 +31,8 @@ pub const SERVED_INTERVAL: Duration = Duration::from_secs(30);
 const GROUP: &str = "certificates.k8s.io";
 
 /// Where a bundle is published, as PEM.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub enum Source {
     /// A file on this host.
     File(PathBuf),
@@ -43,11 +45,8 @@ pub enum Source {
         /// The key.
         key: String,
     },
-    /// A ClusterTrustBundle.
-    ClusterTrustBundle {
-        /// Its name.
-        name: String,
-    },
+    /// The ClusterTrustBundle of that name.
+    ClusterTrustBundle(String),
 }
 
 /// For people, as the subject of a sentence.
@@ -56,7 +55,7 @@ impl fmt::Display for Source {
         match self {
             Self::File(path) => write!(f, "file {}", path.display()),
             Self::ConfigMap { namespace, name, key } => write!(f, "key {key} of ConfigMap {namespace}/{name}"),
-            Self::ClusterTrustBundle { name } => write!(f, "ClusterTrustBundle {name}"),
+            Self::ClusterTrustBundle(name) => write!(f, "ClusterTrustBundle {name}"),
         }
     }
 }
@@ -100,7 +99,7 @@ impl Publisher {
                 let objects = watcher::watch_object(Api::<ConfigMap>::namespaced(client, &namespace), &name);
                 self.watch(objects, |map| map.data.as_ref()?.get(&key).cloned()).await;
             }
-            Source::ClusterTrustBundle { name } => {
+            Source::ClusterTrustBundle(name) => {
                 while !self.is_served(&client, "v1").await {
                     if self.is_served(&client, "v1beta1").await {
                         let objects = watcher::watch_object(Api::<v1beta1::ClusterTrustBundle>::all(client), &name);
@@ -165,7 +164,12 @@ impl Publisher {
     fn report(&mut self, problem: String) {
         if self.problem.as_ref() != Some(&problem) {
             let kept = !self.published.borrow().is_empty();
-            tracing::warn!(source = self.source, kept, problem, "the trust bundle cannot be used; the last good one stays");
+            tracing::warn!(
+                source = self.source,
+                kept,
+                problem,
+                "the trust bundle cannot be used; the last good one stays"
+            );
             self.problem = Some(problem);
         }
     }

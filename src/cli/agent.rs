@@ -123,7 +123,7 @@ async fn parts(config: Config, descriptors: usize, stop: CancellationToken) -> a
             parts.background.push(("embedded signer", Box::pin(signer.run(stop))));
         }
         Mode::Kubernetes(config) => {
-            let Some(joined) = cluster::join(config, &clock, &stop).await? else { return Ok(None) };
+            let Some(joined) = cluster::join(config, &clock, &metrics, &stop).await? else { return Ok(None) };
             parts.policies = joined.policies;
             parts.signers = joined.signers;
             parts.cluster = Some(joined.cluster);

@@ -23,7 +23,7 @@ use crate::{
     agent::{self, Parts},
     client::{Certificate, Client, Event},
     clock::Clock,
-    config::LimitsFile,
+    config::Rates,
     metrics::Metrics,
     policy::{EMBEDDED, PolicySet, Source},
     proto::v1,
@@ -59,7 +59,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let metrics = Metrics::new();
     let (name, ca_lifetime) = (embedded::NAME, embedded::DEFAULT_CA_LIFETIME);
     let signer = Arc::new(Embedded::ephemeral(ca_lifetime, &clock, metrics.signer(name))?);
-    let (readiness, limits) = (Readiness::new(), LimitsFile::default());
+    let (readiness, limits) = (Readiness::new(), Rates::HOST);
     let bound = agent::build(Parts {
         socket: folder.path().join("csrd.sock"),
         admin: None,

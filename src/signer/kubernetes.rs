@@ -23,6 +23,7 @@ use k8s_openapi::{
 };
 use kube::{Client, core::ObjectMeta};
 use rand::Rng as _;
+use serde::Deserialize;
 use tokio::{sync::watch, time::Instant};
 use tracing::Instrument as _;
 
@@ -59,10 +60,12 @@ pub const DEFAULT_PER_SECOND: u32 = 25;
 pub const DEFAULT_BURST: u32 = 110;
 
 /// Who approves the requests.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub enum Approval {
     /// The controller, or a person: the agent may not.
-    Elsewhere,
+    #[default]
+    Controller,
     /// The agent itself, within the admission policy that [`probe`] has seen in force.
     Agent,
 }

@@ -48,7 +48,9 @@ fn write_extension_request(writer: DERWriter<'_>, names: &Names) {
         attribute.next().write_set(|values| {
             values.next().write_sequence(|extensions| {
                 let critical = names.has_no_subject();
-                write_extension(extensions, SUBJECT_ALT_NAME, critical, |writer| write_alternative_names(writer, names));
+                write_extension(extensions, SUBJECT_ALT_NAME, critical, |writer| {
+                    write_alternative_names(writer, names)
+                });
             });
         });
     });
@@ -91,7 +93,12 @@ pub(crate) fn write_alternative_names(writer: DERWriter<'_>, names: &Names) {
 }
 
 /// One extension, with `value` in its octets (RFC 5280 section 4.2).
-pub(crate) fn write_extension(list: &mut DERWriterSeq<'_>, oid: &[u64], critical: bool, value: impl FnOnce(DERWriter<'_>)) {
+pub(crate) fn write_extension(
+    list: &mut DERWriterSeq<'_>,
+    oid: &[u64],
+    critical: bool,
+    value: impl FnOnce(DERWriter<'_>),
+) {
     list.next().write_sequence(|fields| {
         write_oid(fields.next(), oid);
         if critical {

@@ -52,7 +52,7 @@ const TABLE: &[(&str, &[&str])] = &[
         ],
     ),
     ("client", &["proto", "socket", "backoff", "telemetry"]),
-    ("config", &["policy", "signer", "files", "socket", "telemetry"]),
+    ("config", &["policy", "signer", "trust", "kubernetes", "files", "socket", "telemetry"]),
     ("agent", ANY),
     ("cli", ANY),
     ("main", ANY),

@@ -7,9 +7,7 @@ use csrd::{
     trust::{Source, follow},
     x509::Bundle,
 };
-use k8s_openapi::api::{
-    certificates::v1::ClusterTrustBundle, core::v1::ConfigMap,
-};
+use k8s_openapi::api::{certificates::v1::ClusterTrustBundle, core::v1::ConfigMap};
 use kube::{
     Api, Client,
     api::{DeleteParams, Patch, PatchParams},
@@ -67,7 +65,8 @@ async fn a_bundle_in_a_configmap_is_followed_and_the_last_good_one_stays() {
     let (mut bundle, mut other) =
         (Followed::new(client.clone(), source("ca.crt")), Followed::new(client, source("marker")));
     let put = async |data: Value| {
-        let map = Patch::Apply(json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "roots"}, "data": data}));
+        let map =
+            Patch::Apply(json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "roots"}, "data": data}));
         maps.patch("roots", &PatchParams::apply("test").force(), &map).await.unwrap();
     };
     assert!(bundle.bundle.borrow().is_empty());
@@ -94,7 +93,7 @@ async fn a_clustertrustbundle_is_followed_in_its_newest_version() {
     let Some(cluster) = ControlPlane::shared().await else { return };
     let name = unique("roots");
     let client = connect(Some(&cluster.kubeconfig())).await.unwrap();
-    let mut bundle = Followed::new(client, Source::ClusterTrustBundle { name: name.clone() });
+    let mut bundle = Followed::new(client, Source::ClusterTrustBundle(name.clone()));
     let (first, second) = (root(), root());
     let _: ClusterTrustBundle =
         cluster.create(json!({"metadata": {"name": name}, "spec": {"trustBundle": first}})).await;
@@ -107,11 +106,12 @@ async fn a_clustertrustbundle_is_followed_in_its_newest_version() {
 
 #[tokio::test]
 async fn a_clustertrustbundle_of_an_older_cluster_is_followed_too() {
-    let groups = "certificates.k8s.io/v1/clustertrustbundles=false,certificates.k8s.io/v1beta1/clustertrustbundles=true";
+    let groups =
+        "certificates.k8s.io/v1/clustertrustbundles=false,certificates.k8s.io/v1beta1/clustertrustbundles=true";
     let apiserver = vec![format!("--runtime-config={groups}"), "--feature-gates=ClusterTrustBundle=true".to_owned()];
     let Some(cluster) = ControlPlane::start(Options { apiserver, ..Options::default() }).await else { return };
     let client = connect(Some(&cluster.kubeconfig())).await.unwrap();
-    let mut bundle = Followed::new(client, Source::ClusterTrustBundle { name: "roots".into() });
+    let mut bundle = Followed::new(client, Source::ClusterTrustBundle("roots".into()));
     let first = root();
     let _: k8s_openapi::api::certificates::v1beta1::ClusterTrustBundle =
         cluster.create(json!({"metadata": {"name": "roots"}, "spec": {"trustBundle": first}})).await;

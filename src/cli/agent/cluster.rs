@@ -13,10 +13,15 @@ use crate::{
     attest::{Pods, pods::Scope, token::Tokens},
     backoff::Backoff,
     clock::Clock,
-    config::Kubernetes,
+    config::{ClusterSigner, Kubernetes},
     kubernetes::{self, Identity},
+    metrics::Metrics,
     policy::PolicySet,
-    signer::Sign,
+    signer::{
+        self, Sign,
+        kubernetes::{Approval, Cleaner, Parts, probe},
+    },
+    trust,
 };
 
 /// Between tries to ask the API server who the agent is.
@@ -34,6 +39,7 @@ pub(super) struct InCluster {
 pub(super) async fn join(
     config: Kubernetes,
     clock: &Clock,
+    metrics: &Metrics,
     stop: &CancellationToken,
 ) -> anyhow::Result<Option<InCluster>> {
     let client = kubernetes::connect(config.kubeconfig.as_deref()).await?;
@@ -42,16 +48,45 @@ pub(super) async fn join(
     tracing::info!(user = identity.username, node, "the API server knows the agent");
     let pods = Pods::new(Scope::Node(node.clone()), clock.clone());
     let tokens = Tokens::new(client.clone(), config.audience.clone(), node.clone());
-    let (signers, mut background) = signers(&config);
+    let common = (clock, metrics, stop);
+    let (signers, mut background) = signers(&config, &client, (&identity, &node), common).await?;
     background.push(("pods", Box::pin(pods.clone().run(client, stop.clone()))));
     let cluster = Cluster { node, own_pod: identity.pod_uid, pods, tokens };
     let (_, policies) = watch::channel(Arc::default());
     Ok(Some(InCluster { cluster, policies, signers, background }))
 }
 
-/// The signers that `config` names, the default one first, and what keeps their roots current.
-fn signers(_config: &Kubernetes) -> (Vec<Arc<dyn Sign>>, Vec<Background>) {
-    (Vec::new(), Vec::new())
+/// The signers that `config` names, the default one first, with what keeps their roots current and deletes their
+/// requests. An agent that is to approve its own is refused unless it is kept from approving others'.
+async fn signers(
+    config: &Kubernetes,
+    client: &Client,
+    (identity, node): (&Identity, &str),
+    (clock, metrics, stop): (&Clock, &Metrics, &CancellationToken),
+) -> anyhow::Result<(Vec<Arc<dyn Sign>>, Vec<Background>)> {
+    if config.approval == Approval::Agent {
+        let names: Vec<&str> = config.signers.iter().map(|signer| signer.name.as_str()).collect();
+        probe(client, identity, &names, metrics.clone()).await?;
+    }
+    let (cleaner, cleaning) =
+        Cleaner::new(client.clone(), identity.clone(), node.to_owned(), clock.clone(), metrics.clone(), stop.clone());
+    let (mut signers, mut background): (Vec<Arc<dyn Sign>>, Vec<Background>) = (Vec::new(), Vec::new());
+    background.push(("cleaner", Box::pin(cleaning)));
+    for ClusterSigner { name, bundle } in &config.signers {
+        let (roots, following) = trust::follow(client.clone(), bundle.clone(), stop.clone());
+        background.push(("trust bundle", Box::pin(following)));
+        signers.push(Arc::new(signer::kubernetes::Kubernetes::new(Parts {
+            client: client.clone(),
+            signer: name.clone(),
+            approval: config.approval,
+            node: node.to_owned(),
+            roots,
+            roots_from: bundle.to_string(),
+            cleaner: cleaner.clone(),
+            metrics: metrics.clone(),
+        })));
+    }
+    Ok((signers, background))
 }
 
 async fn identity(client: &Client) -> anyhow::Result<Identity> {

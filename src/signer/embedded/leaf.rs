@@ -109,7 +109,9 @@ impl Leaf<'_> {
         write_extension(extensions, BASIC_CONSTRAINTS, true, |writer| writer.write_sequence(|_| ()));
         if self.names.san_count() > 0 {
             let critical = self.names.has_no_subject();
-            write_extension(extensions, SUBJECT_ALT_NAME, critical, |writer| write_alternative_names(writer, self.names));
+            write_extension(extensions, SUBJECT_ALT_NAME, critical, |writer| {
+                write_alternative_names(writer, self.names)
+            });
         }
     }
 }

@@ -13,7 +13,9 @@ use http_body_util::{BodyExt as _, Limited};
 use k8s_openapi::api::certificates::v1::CertificateSigningRequest;
 use kube::{
     Client, Resource as _,
-    api::{DeleteParams, GetParams, ListParams, Patch, PatchParams, PostParams, Preconditions, WatchEvent, WatchParams},
+    api::{
+        DeleteParams, GetParams, ListParams, Patch, PatchParams, PostParams, Preconditions, WatchEvent, WatchParams,
+    },
     client::Body,
     core::{ObjectList, Request, Status},
 };
@@ -119,7 +121,8 @@ impl CsrApi {
         loop {
             let began = Instant::now();
             let span = span(verb);
-            let answer = timeout_at(limit(began, until), exchange(&self.client, request.clone()).instrument(span)).await;
+            let answer =
+                timeout_at(limit(began, until), exchange(&self.client, request.clone()).instrument(span)).await;
             let answer = answer.unwrap_or(Err(ApiError::Timeout));
             self.count(verb, began, &answer);
             match answer {

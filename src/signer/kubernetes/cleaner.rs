@@ -189,7 +189,8 @@ impl Work {
     fn is_orphan(&self, csr: &CertificateSigningRequest) -> bool {
         let spec = &csr.spec;
         let node = spec.extra.as_ref().and_then(|values| values.get(extra::NODE_NAME)).map(Vec::as_slice);
-        let ours = spec.username.as_ref() == Some(&self.agent.username) && node == self.agent.node.as_ref().map(std::slice::from_ref);
+        let ours = spec.username.as_ref() == Some(&self.agent.username)
+            && node == self.agent.node.as_ref().map(std::slice::from_ref);
         let made = csr.metadata.creation_timestamp.as_ref().map(|made| made.0.into());
         let age = made.and_then(|made| self.clock.now().duration_since(made).ok());
         ours && age.is_some_and(|age| age >= ORPHAN_AGE)

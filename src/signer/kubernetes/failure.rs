@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use super::{APPROVAL_TIMEOUT, MIN_LIFETIME, SIGNING_TIMEOUT, api::REQUEST_TIMEOUT};
-use crate::kubernetes::SIGNER;
+use crate::kubernetes::{self, SIGNER};
 
 /// Bytes of another's text in an error of ours.
 pub(super) const MAX_SAID_BYTES: usize = 512;
@@ -17,13 +17,17 @@ pub(super) const BUILT_IN: &str = "kubernetes.io/";
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum KubernetesError {
     /// A process of the host, whose facts nobody in the cluster can check.
-    #[error("signer {signer} signs for pods only, and this is a process of the host: its policy has to name another signer")]
+    #[error(
+        "signer {signer} signs for pods only, and this is a process of the host: its policy has to name another signer"
+    )]
     NotAPod {
         /// The signer.
         signer: String,
     },
     /// There is nothing to verify certificates by.
-    #[error("there are no roots yet to verify certificates of {signer} by: {from} is not there, or holds no CA certificate")]
+    #[error(
+        "there are no roots yet to verify certificates of {signer} by: {from} is not there, or holds no CA certificate"
+    )]
     NoBundle {
         /// The signer.
         signer: String,
@@ -91,7 +95,9 @@ fn approver(signer: &str) -> &'static str {
         name if name.starts_with(BUILT_IN) => {
             "nothing in Kubernetes approves requests of this signer by itself; let csrd-controller do it, or `kubectl certificate approve` it in time"
         }
-        _ => "nobody has approved it; see whether this signer's approver runs, or `kubectl certificate approve` it in time",
+        _ => {
+            "nobody has approved it; see whether this signer's approver runs, or `kubectl certificate approve` it in time"
+        }
     }
 }
 
@@ -214,7 +220,7 @@ impl ApiError {
     pub(super) fn of_client(error: kube::Error) -> Self {
         match error {
             kube::Error::Api(status) => Self::new(status.code, None, &status.message),
-            other => Self::Unreachable(said(&causes(&other))),
+            other => Self::Unreachable(said(&kubernetes::said(&other))),
         }
     }
 
@@ -256,15 +262,6 @@ pub(super) fn said(text: &str) -> String {
     text[..end].trim().replace(char::is_control, " ")
 }
 
-/// The last cause: what the layers above it print repeats it.
-fn causes(error: &dyn std::error::Error) -> String {
-    let mut error = error;
-    while let Some(source) = error.source() {
-        error = source;
-    }
-    error.to_string()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -302,6 +299,13 @@ mod tests {
             let pending = KubernetesError::NotApproved { signer: signer.clone() };
             format!("{pending}\n{}", KubernetesError::NotSigned { signer })
         });
-        insta::assert_snapshot!(texts.join("\n"), @r"");
+        insta::assert_snapshot!(texts.join("\n"), @"
+        the request is still Pending after 25 s: nobody has approved it; see whether csrd-controller runs, and what it logs about this agent
+        the request is approved and not signed after 15 s: csrd-controller signs for csrd.dev/workload; see whether it runs and has a CA
+        the request is still Pending after 25 s: nothing in Kubernetes approves requests of this signer by itself; let csrd-controller do it, or `kubectl certificate approve` it in time
+        the request is approved and not signed after 15 s: kube-controller-manager signs for this signer, where the cluster's provider lets it; see whether it has --cluster-signing-cert-file
+        the request is still Pending after 25 s: nobody has approved it; see whether this signer's approver runs, or `kubectl certificate approve` it in time
+        the request is approved and not signed after 15 s: nobody signs for this signerName; see whether the policy spells it right, and whether its signer runs
+        ");
     }
 }

@@ -114,7 +114,10 @@ async fn may(client: &Client, attributes: ResourceAttributes) -> Result<bool, Pr
 /// The admission policy, on creation and on approval.
 async fn admission_is_in_force(api: &CsrApi, signer: &str) -> Result<(), ProbeError> {
     let long = request(signer, 2 * ADMISSION_MAX_LIFETIME)?;
-    refused("a request for a signer that is none of the agent's", create(api, &request(FOREIGN_SIGNER, MIN_LIFETIME)?, true).await)?;
+    refused(
+        "a request for a signer that is none of the agent's",
+        create(api, &request(FOREIGN_SIGNER, MIN_LIFETIME)?, true).await,
+    )?;
     refused("a request for a certificate of two days", create(api, &long, true).await)?;
     let own = create(api, &request(signer, MIN_LIFETIME)?, false).await;
     let own = own.map_err(|source| ProbeError::Api { action: "create a request that is within the policy", source })?;
@@ -148,10 +151,8 @@ fn refused<T>(what: &'static str, outcome: Result<T, ApiError>) -> Result<(), Pr
 fn request(signer: &str, lifetime: Duration) -> Result<CertificateSigningRequest, ProbeError> {
     let names = Names { common_name: Some("csrd-probe".to_owned()), ..Names::default() };
     let pkcs10 = write::request(&names, &PrivateKey::generate(KeyAlgorithm::EcdsaP256)?)?;
-    let metadata = ObjectMeta {
-        name: Some(format!("csrd-probe-{:032x}", rand::rng().random::<u128>())),
-        ..ObjectMeta::default()
-    };
+    let metadata =
+        ObjectMeta { name: Some(format!("csrd-probe-{:032x}", rand::rng().random::<u128>())), ..ObjectMeta::default() };
     let spec = CertificateSigningRequestSpec {
         request: ByteString(pem::encode("CERTIFICATE REQUEST", &pkcs10).into_bytes()),
         signer_name: signer.to_owned(),
@@ -178,19 +179,25 @@ pub enum ProbeError {
         source: ApiError,
     },
     /// A token that is not bound to a pod, or an API server that does not say so.
-    #[error("approval: agent needs a token that is bound to a pod on a node; the API server shows no {claim} for this one")]
+    #[error(
+        "approval: agent needs a token that is bound to a pod on a node; the API server shows no {claim} for this one"
+    )]
     Unbound {
         /// What is missing.
         claim: &'static str,
     },
     /// A signer whose certificates Kubernetes itself believes.
-    #[error("approval: agent is not for {signer}: whoever may approve for it can become any user or node; use approval: controller")]
+    #[error(
+        "approval: agent is not for {signer}: whoever may approve for it can become any user or node; use approval: controller"
+    )]
     BuiltIn {
         /// The signer.
         signer: String,
     },
     /// RBAC lacks the subresource.
-    #[error("approval: agent needs the verb patch on certificatesigningrequests/approval; apply deploy/kubernetes/approval-agent")]
+    #[error(
+        "approval: agent needs the verb patch on certificatesigningrequests/approval; apply deploy/kubernetes/approval-agent"
+    )]
     MayNotPatch,
     /// RBAC lacks the signer.
     #[error("approval: agent needs the verb approve on signer {signer}; apply deploy/kubernetes/approval-agent")]
@@ -199,13 +206,17 @@ pub enum ProbeError {
         signer: String,
     },
     /// RBAC gives too much.
-    #[error("RBAC lets the agent approve requests for {signer} too: give it approve with resourceNames, for its own signers only")]
+    #[error(
+        "RBAC lets the agent approve requests for {signer} too: give it approve with resourceNames, for its own signers only"
+    )]
     MayApproveOthers {
         /// The signer, or the wildcard.
         signer: String,
     },
     /// The admission policy let something through.
-    #[error("ValidatingAdmissionPolicy {ADMISSION_POLICY} is not in force, {what} was let through: apply deploy/kubernetes/approval-agent")]
+    #[error(
+        "ValidatingAdmissionPolicy {ADMISSION_POLICY} is not in force, {what} was let through: apply deploy/kubernetes/approval-agent"
+    )]
     NotInForce {
         /// What it had to refuse.
         what: &'static str,

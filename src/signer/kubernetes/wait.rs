@@ -59,10 +59,7 @@ impl<'a> Wait<'a> {
     }
 
     /// The certificate, once it is there; `events` is the watch that was opened with the creation.
-    pub(super) async fn certificate(
-        mut self,
-        events: Result<Events, ApiError>,
-    ) -> Result<Vec<u8>, KubernetesError> {
+    pub(super) async fn certificate(mut self, events: Result<Events, ApiError>) -> Result<Vec<u8>, KubernetesError> {
         let mut events = self.sees(events)?;
         let mut interruptions = 0;
         loop {

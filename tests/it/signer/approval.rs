@@ -110,7 +110,10 @@ async fn an_agent_approves_only_where_token_rbac_and_admission_hold_it_to_its_no
     let error = probed(&agent, not_allowed).await.unwrap_err();
     assert!(matches!(error, ProbeError::NotInForce { .. }), "{error:?}");
     let said = error.to_string();
-    assert!(said.contains("csrd-agent is not in force") && said.contains("apply deploy/kubernetes/approval-agent"), "{said}");
+    assert!(
+        said.contains("csrd-agent is not in force") && said.contains("apply deploy/kubernetes/approval-agent"),
+        "{said}"
+    );
     apply(cluster, "admission.yaml").await;
     probed(&agent, |error| matches!(error, ProbeError::NotInForce { .. })).await.unwrap();
     let bindings: Api<ValidatingAdmissionPolicyBinding> = Api::all(cluster.admin().await);
@@ -149,7 +152,9 @@ async fn the_agent_of_a_node_serves_it_and_no_other(cluster: &'static ControlPla
         assert_eq!(condition.message.as_deref(), Some("policy test allows it"));
 
         // The other node's agent has the same ServiceAccount and the same roles.
-        let denied = Patch::Strategic(json!({"status": {"conditions": [{"type": "Approved", "status": "True", "reason": "Stolen"}]}}));
+        let denied = Patch::Strategic(
+            json!({"status": {"conditions": [{"type": "Approved", "status": "True", "reason": "Stolen"}]}}),
+        );
         let stolen = other.patch_subresource("approval", &name, &PatchParams::default(), &denied).await.unwrap_err();
         assert!(with_causes(&stolen).contains("on another node than second"), "{stolen}");
         let stolen = other.delete(&name, &DeleteParams::default()).await.unwrap_err();

@@ -78,8 +78,14 @@ async fn orphans_of_this_nodes_agent_are_deleted_and_nobody_elses() {
 
     let successor = async |clock: Clock| {
         let stop = tokio_util::sync::CancellationToken::new();
-        let (cleaner, run) =
-            Cleaner::new(rig.client.clone(), rig.agent.clone(), rig.node.clone(), clock, rig.metrics.clone(), stop.clone());
+        let (cleaner, run) = Cleaner::new(
+            rig.client.clone(),
+            rig.agent.clone(),
+            rig.node.clone(),
+            clock,
+            rig.metrics.clone(),
+            stop.clone(),
+        );
         let running = tokio::spawn(run);
         (cleaner, stop, running)
     };

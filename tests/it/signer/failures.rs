@@ -92,11 +92,12 @@ async fn a_request_that_is_deleted_or_replaced_is_given_up() {
 #[tokio::test]
 async fn who_is_waited_for_in_vain_is_named() {
     let Some(rig) = Rig::new().await else { return };
-    let (built_in, unknown) = (rig.built_in(), rig.signer(&format!("{}.example.org/typo", unique("test")), &rig.cluster.access.ca_certificate));
-    let (pending, unsigned) = tokio::join!(
-        rig.attempt(&built_in, nothing),
-        rig.attempt(&unknown, async |name| rig.approve(name).await)
+    let (built_in, unknown) = (
+        rig.built_in(),
+        rig.signer(&format!("{}.example.org/typo", unique("test")), &rig.cluster.access.ca_certificate),
     );
+    let (pending, unsigned) =
+        tokio::join!(rig.attempt(&built_in, nothing), rig.attempt(&unknown, async |name| rig.approve(name).await));
     let said = "still Pending after 25 s: nothing in Kubernetes approves requests of this signer by itself";
     check(pending, "APPROVAL_PENDING", true, said);
     check(unsigned, "SIGNER_ABSENT", true, "approved and not signed after 15 s: nobody signs for this signerName");
@@ -156,7 +157,7 @@ async fn a_busy_api_server_is_asked_again_when_it_said() {
     let Some((rig, proxy)) = behind_proxy().await else { return };
     let signer = rig.built_in();
     proxy.fail(Method::POST, REQUESTS, 1, Fault::too_many_requests(1));
-    proxy.fail(Method::GET, REQUESTS, 1, Fault::too_many_requests(1));
+    proxy.fail(Method::GET, "watch=true", 1, Fault::too_many_requests(1));
     let began = Instant::now();
     rig.attempt(&signer, |name| rig.approve(name)).await.unwrap();
     assert!(began.elapsed() >= Duration::from_secs(1));

@@ -107,7 +107,7 @@ impl Rig {
 
     /// The signer of that name, whose certificates `roots` verify.
     pub(super) fn signer(&self, name: &str, roots: &str) -> Kubernetes {
-        self.signer_with(name, roots, Approval::Elsewhere)
+        self.signer_with(name, roots, Approval::Controller)
     }
 
     pub(super) fn signer_with(&self, name: &str, roots: &str, approval: Approval) -> Kubernetes {
@@ -124,7 +124,7 @@ impl Rig {
         Parts {
             client: self.client.clone(),
             signer: name.to_owned(),
-            approval: Approval::Elsewhere,
+            approval: Approval::Controller,
             node: self.node.clone(),
             roots,
             roots_from,
@@ -173,7 +173,8 @@ impl Rig {
 
     /// Adds a condition as a person does, or a signer.
     pub(super) async fn condition(&self, name: &str, kind: &str) {
-        let condition = json!({"type": kind, "status": "True", "reason": "ByTest", "message": format!("{kind} by test")});
+        let condition =
+            json!({"type": kind, "status": "True", "reason": "ByTest", "message": format!("{kind} by test")});
         let patch = Patch::Strategic(json!({"status": {"conditions": [condition]}}));
         let params = PatchParams::default();
         match kind {
@@ -241,7 +242,8 @@ pub(super) async fn agent(cluster: &'static ControlPlane) -> (Pod, Identity) {
 
 /// Lets a ServiceAccount do `verbs` to requests.
 pub(super) async fn may(cluster: &ControlPlane, namespace: &str, account: &str, verbs: &[&str]) {
-    let rule = json!({"apiGroups": ["certificates.k8s.io"], "resources": ["certificatesigningrequests"], "verbs": verbs});
+    let rule =
+        json!({"apiGroups": ["certificates.k8s.io"], "resources": ["certificatesigningrequests"], "verbs": verbs});
     may_all(cluster, namespace, account, json!([rule])).await;
 }
 

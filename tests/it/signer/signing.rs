@@ -12,6 +12,7 @@ use std::{
 use csrd::{
     clock::Clock,
     issue::IssueError,
+    kubernetes::Identity,
     signer::{Sign as _, Stage},
     x509::{Csr, KeyAlgorithm, Names, PrivateKey, Usages, VerifyError},
 };
@@ -65,7 +66,8 @@ async fn the_built_in_signer_gives_ten_minutes_that_begin_five_minutes_ago() {
     let Some(rig) = Rig::new().await else { return };
     let (told, mut stages) = mpsc::channel(8);
     let signer = rig.built_in();
-    let names = Names { organizations: vec!["one".to_owned(), "two".to_owned()], ..grant(client_auth(), 600).names().clone() };
+    let names =
+        Names { organizations: vec!["one".to_owned(), "two".to_owned()], ..grant(client_auth(), 600).names().clone() };
     let two = csrd::policy::Grant::for_test(names, client_auth(), KeyAlgorithm::Ed25519, Duration::from_secs(600));
     let issuing = rig.issue(&signer, two, None, &told);
     let approving = async {
@@ -142,6 +144,8 @@ async fn attempts_side_by_side_share_one_connection() {
     let (access, connections) = counting(cluster).await;
     let (pod, identity) = agent(cluster).await;
     let rig = Rig::of(cluster, &access, identity, &pod, Clock::system()).await;
+    // As an agent does first. Requests that find no connection each open one, and all but one are closed again.
+    Identity::ask(&rig.client).await.unwrap();
     let signer = rig.built_in();
     let together = Barrier::new(16);
     let attempts = (0..16).map(|_| {
@@ -198,7 +202,11 @@ async fn what_a_signer_writes_is_not_believed() {
     let chain = |leaf: String| format!("{leaf}{}", authority.intermediate);
     let cases: Vec<(&str, u64, Box<dyn Fn(String) -> String>)> = vec![
         ("for longer than granted", 2 * 3600, Box::new(chain)),
-        ("no part of the path", 3600, Box::new(|leaf| format!("{leaf}{}{}", authority.intermediate, stranger.intermediate))),
+        (
+            "no part of the path",
+            3600,
+            Box::new(|leaf| format!("{leaf}{}{}", authority.intermediate, stranger.intermediate)),
+        ),
         ("does not lead to a root", 3600, Box::new(|leaf| leaf)),
         ("another public key", 3600, Box::new(|_| format!("{}{}", authority.intermediate, authority.root))),
     ];

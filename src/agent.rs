@@ -4,16 +4,17 @@
 //! nothing answers until [`Bound::run`]. The first long-lived task to end, for whatever reason, stops the process.
 
 use std::{
-    fs::{self, File, Metadata, OpenOptions},
+    fs::{self, File, Metadata},
     io,
     net::SocketAddr,
-    os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     pin::Pin,
     sync::Arc,
     time::Duration,
 };
 
+use rustix::fs::{Mode, OFlags};
 use tokio::{
     net::{TcpListener, UnixListener, UnixStream},
     sync::watch,
@@ -27,10 +28,11 @@ use crate::{
     attest::{self, Attestor, Pods, token::Tokens},
     clock::Clock,
     config::RateFile,
-    hub::{self, Hub, Rate},
+    hub::{self, Hub},
     metrics::Metrics,
     policy::PolicySet,
     proto::v1::certificate_service_server::SERVICE_NAME,
+    rate::Rate,
     server::{
         self, Engine, Server,
         admin::{Admin, Readiness},
@@ -56,7 +58,7 @@ pub struct Parts {
     pub admin: Option<SocketAddr>,
     /// Wall clock.
     pub clock: Clock,
-    /// Policies in force; in a cluster from the first change on, before which they have not been read.
+    /// Policies in force.
     pub policies: watch::Receiver<Arc<PolicySet>>,
     /// The cluster, for an agent in one.
     pub cluster: Option<Cluster>,
@@ -86,6 +88,8 @@ pub struct Cluster {
     pub node: String,
     /// UID of the pod it runs in, when it runs in one.
     pub own_pod: Option<String>,
+    /// Whether the policies have been read; a denial before that says nothing about its caller.
+    pub policies_synced: watch::Receiver<bool>,
     /// The pods of the node; to be run in the background.
     pub pods: Pods,
     /// Reviews tokens.
@@ -157,8 +161,8 @@ pub async fn build(parts: Parts) -> Result<Bound, BuildError> {
         None => (None, parts.policies),
         Some(cluster) => {
             let (in_force, policies) = watch::channel(Arc::default());
-            let task = put_in_force(parts.policies, in_force, cluster.pods.clone(), stop.clone());
-            tasks.spawn("policies in force", task);
+            let (synced, pods) = (cluster.policies_synced.clone(), cluster.pods.clone());
+            tasks.spawn("policies in force", put_in_force(parts.policies, synced, in_force, pods, stop.clone()));
             (Some(cluster.pods.clone()), policies)
         }
     };
@@ -215,7 +219,7 @@ impl Bound {
 fn attestor(cluster: Option<Cluster>) -> io::Result<Attestor> {
     let attestor = Attestor::new();
     let kernel = attestor.capabilities();
-    let Some(Cluster { node, own_pod, pods, tokens }) = cluster else {
+    let Some(Cluster { node, own_pod, pods, tokens, .. }) = cluster else {
         tracing::info!(%kernel, "attests processes of this host; one in a pod is a process like any other");
         return Ok(attestor);
     };
@@ -231,30 +235,34 @@ fn attestor(cluster: Option<Cluster>) -> io::Result<Attestor> {
 /// that has only not been read yet.
 async fn put_in_force(
     mut read: watch::Receiver<Arc<PolicySet>>,
+    mut synced: watch::Receiver<bool>,
     in_force: watch::Sender<Arc<PolicySet>>,
     pods: Pods,
     stop: CancellationToken,
 ) {
-    loop {
-        tokio::select! {
-            () = stop.cancelled() => return,
-            changed = read.changed() => if changed.is_err() {
-                return stop.cancelled().await;
-            },
+    let all = async {
+        if synced.wait_for(|synced| *synced).await.is_err() {
+            return std::future::pending().await;
         }
-        let policies = read.borrow_and_update().clone();
-        let services = policies.needs_services();
-        // What the old policies ask for stays until they are out of force.
-        pods.want_services(services || in_force.borrow().needs_services());
-        tokio::select! {
-            () = stop.cancelled() => return,
-            Ok(()) = read.changed() => read.mark_changed(),
-            () = pods.until_synced() => {
-                in_force.send_replace(policies);
-                pods.want_services(services);
+        loop {
+            let policies = read.borrow_and_update().clone();
+            let services = policies.needs_services();
+            // What the old policies ask for stays until they are out of force.
+            pods.want_services(services || in_force.borrow().needs_services());
+            tokio::select! {
+                biased;
+                () = pods.until_synced() => {
+                    in_force.send_replace(policies);
+                    pods.want_services(services);
+                }
+                Ok(()) = read.changed() => continue,
+            }
+            if read.changed().await.is_err() {
+                return std::future::pending().await;
             }
         }
-    }
+    };
+    stop.run_until_cancelled(all).await;
 }
 
 /// Hashes executables only while a policy asks for it, and says which policies name a signer that nobody has.
@@ -331,12 +339,12 @@ async fn listen(path: &Path) -> Result<(UnixListener, File), BuildError> {
         Err(error) => return Err(failed(error)),
     }
     let listener = UnixListener::bind(path).map_err(failed)?;
-    // A socket cannot be opened, only held on to: O_PATH, open(2).
-    let file =
-        OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(path).map_err(failed)?;
+    // A socket cannot be opened, only held on to: O_PATH, open(2). Not by OpenOptions, which drops that flag on musl.
+    let file = rustix::fs::open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|error| failed(error.into()))?;
     attest::prepare_listener(&listener).map_err(failed)?;
     fs::set_permissions(path, fs::Permissions::from_mode(SOCKET_MODE)).map_err(failed)?;
-    Ok((listener, file))
+    Ok((listener, file.into()))
 }
 
 /// Removes the socket at `path` if it is still ours. A successor may have taken the path over while this agent stopped;

@@ -6,6 +6,8 @@
 
 pub mod agent;
 pub mod completion;
+pub mod controller;
+pub mod crd;
 pub mod demo;
 pub mod issue;
 pub mod policy;
@@ -49,11 +51,13 @@ struct Cli {
 enum Command {
     Demo(demo::Args),
     Agent(agent::Args),
+    Controller(controller::Args),
     Issue(issue::Args),
     Watch(watch::Args),
     Whoami(whoami::Args),
     Status(status::Args),
     Policy(policy::Args),
+    Crd(crd::Args),
     Completion(completion::Args),
 }
 
@@ -113,11 +117,13 @@ impl Command {
         match self {
             Self::Demo(args) => demo::run(args).await,
             Self::Agent(args) => agent::run(args).await,
+            Self::Controller(args) => controller::run(args).await,
             Self::Issue(args) => traced(issue::run(args)).await,
             Self::Watch(args) => traced(watch::run(args)).await,
             Self::Whoami(args) => traced(whoami::run(args)).await,
             Self::Status(args) => traced(status::run(args)).await,
             Self::Policy(args) => policy::run(args),
+            Self::Crd(args) => crd::run(args),
             Self::Completion(args) => completion::run(args, <Cli as clap::CommandFactory>::command()),
         }
     }

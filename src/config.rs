@@ -1,16 +1,19 @@
-//! The agent's configuration: a YAML file and flags in, a checked [`Config`] out.
+//! The agent's configuration: a YAML file and flags in, a checked [`Config`] out; and, in `controller`, the controller's.
 //!
 //! Unknown keys are errors, and every default is here. What the files that it names hold is checked by whoever reads
 //! them. An agent is either of a host, with a CA of its own and policies in files, or of a cluster, which has both.
+
+pub mod controller;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     num::NonZeroU32,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
-use serde::Deserialize;
+use serde::{Deserialize, de::DeserializeOwned};
 
 use crate::{
     files::{self, FileError},
@@ -183,8 +186,8 @@ pub enum ConfigError {
         message: String,
     },
     /// Half of a CA.
-    #[error("signer.embedded: caCertificate and caKey go together, and chain needs both")]
-    HalfCa,
+    #[error("{0}: caCertificate and caKey go together, and chain needs both")]
+    HalfCa(&'static str),
     /// A lifetime for a CA that has one.
     #[error("signer.embedded: caLifetime is for a CA that the agent makes; leave it out beside caCertificate")]
     LifetimeOfGivenCa,
@@ -201,14 +204,27 @@ pub enum ConfigError {
     #[error("kubernetes.{0}: it must not be empty")]
     Empty(&'static str),
     /// No duration, or one from outside [`MIN_CA_LIFETIME`] to [`MAX_CA_LIFETIME`].
-    #[error("signer.embedded.caLifetime: {0}")]
-    CaLifetime(String),
+    #[error("{0}.caLifetime: {1}")]
+    CaLifetime(&'static str, String),
+    /// A Secret, and files.
+    #[error(
+        "signer: caSecret and caLifetime are for a CA that the controller makes; leave them out beside caCertificate"
+    )]
+    TwoCas,
+    /// A signer that the controller does not approve for.
+    #[error("approve: {name} is refused: {why}")]
+    NeverApproved {
+        /// Its name.
+        name: String,
+        /// Why not.
+        why: &'static str,
+    },
 }
 
 impl Config {
     /// The configuration of the file at `path`, if one is given, with `overrides` put before it.
     pub fn load(path: Option<&Path>, overrides: Overrides) -> Result<Self, ConfigError> {
-        let file = path.map(read).transpose()?.unwrap_or_default();
+        let file: File = path.map(read).transpose()?.unwrap_or_default();
         let policies = if overrides.policies.is_empty() { file.policies } else { Some(overrides.policies) };
         let cluster = file.kubernetes.or_else(|| overrides.kubernetes.then(Kubernetes::default));
         let state_dir = overrides.state_dir.or(file.state_dir);
@@ -291,7 +307,7 @@ const fn rate(per_second: u32, burst: u32) -> RateFile {
     }
 }
 
-fn read(path: &Path) -> Result<File, ConfigError> {
+fn read<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
     let text = files::read_text(path, MAX_CONFIG_BYTES)
         .map_err(|source| ConfigError::File { path: path.to_owned(), source })?;
     serde_saphyr::from_str(&text)
@@ -304,12 +320,17 @@ fn ca(file: EmbeddedFile, state_dir: PathBuf) -> Result<EmbeddedConfig, ConfigEr
         (Some(_), Some(_), _) if file.ca_lifetime.is_some() => Err(ConfigError::LifetimeOfGivenCa),
         (Some(certificate), Some(key), chain) => Ok(EmbeddedConfig::Given { certificate, key, chain }),
         (None, None, None) => {
-            let given = file.ca_lifetime.map(|text| lifetime::parse(&text, MIN_CA_LIFETIME..=MAX_CA_LIFETIME));
-            let ca_lifetime = given.transpose().map_err(ConfigError::CaLifetime)?.unwrap_or(DEFAULT_CA_LIFETIME);
+            let ca_lifetime = ca_lifetime("signer.embedded", file.ca_lifetime.as_deref())?;
             Ok(EmbeddedConfig::Made { state_dir, ca_lifetime })
         }
-        _ => Err(ConfigError::HalfCa),
+        _ => Err(ConfigError::HalfCa("signer.embedded")),
     }
+}
+
+/// The lifetime of a CA that is made, at `field`.
+fn ca_lifetime(field: &'static str, text: Option<&str>) -> Result<Duration, ConfigError> {
+    let Some(text) = text else { return Ok(DEFAULT_CA_LIFETIME) };
+    lifetime::parse(text, MIN_CA_LIFETIME..=MAX_CA_LIFETIME).map_err(|error| ConfigError::CaLifetime(field, error))
 }
 
 /// The `OTEL_*` variables of the process, for whoever sends traces.
@@ -323,7 +344,7 @@ pub fn otel_variables() -> BTreeMap<String, String> {
 
 #[cfg(test)]
 mod tests {
-    use std::{io::Write as _, time::Duration};
+    use std::io::Write as _;
 
     use super::*;
 

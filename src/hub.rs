@@ -11,6 +11,7 @@
 
 mod entry;
 mod flight;
+mod following;
 mod queue;
 mod state;
 mod subscription;
@@ -35,12 +36,13 @@ use crate::{
     issue::IssueError,
     metrics::{Metrics, SignerMetrics},
     policy::{self, Ask, Denial, Grant, PolicySet},
+    rate::{Buckets, Rate},
     signer::{Sign, Stage},
     x509::{Bundle, Csr},
 };
 
 pub use entry::{Delay, Live};
-pub use queue::Rate;
+pub use following::Following;
 pub use state::Row;
 pub use subscription::{Event, Subscription};
 
@@ -103,7 +105,7 @@ struct Shared {
     pods: Option<Pods>,
     signers: HashMap<String, Signer>,
     metrics: Metrics,
-    principals: queue::KeyedLimiter,
+    principals: Buckets<u64>,
     /// Tells `run` that there is something to start or an earlier moment to wake at.
     wake: Notify,
     state: Mutex<State>,
@@ -165,7 +167,7 @@ impl Hub {
             pods: parts.pods,
             signers,
             metrics: parts.metrics,
-            principals: queue::keyed_limiter(parts.principal_rate),
+            principals: Buckets::new(parts.principal_rate),
             wake: Notify::new(),
         }))
     }
@@ -263,6 +265,11 @@ impl Hub {
         self.0.policies.clone()
     }
 
+    /// What a workload is, as it changes.
+    pub fn watch_workload(&self, workload: Arc<Workload>) -> Following {
+        Following::new(self.clone(), workload)
+    }
+
     /// What the policies in force say, with those policies.
     fn decide(&self, workload: &Workload, ask: &Ask) -> Result<(Grant, Arc<PolicySet>), HubError> {
         let policies = self.policies();
@@ -299,22 +306,27 @@ impl Hub {
 
     /// Decides on an entry again if its pod or the policies have changed. A lost right ends it, and is returned.
     fn revise(&self, state: &mut State, id: u128) -> Option<HubError> {
-        let now = self.0.clock.now();
-        if let (Some(pods), Some(entry)) = (&self.0.pods, state.entries.get(&id))
-            && let Some(pod) = entry.workload.pod()
-        {
-            match pods.by_uid(&pod.uid) {
-                Some(workload) => state.becomes(id, workload),
-                None if pods.synced() => {
-                    let lost = HubError::PodGone(entry.workload.to_string());
-                    state.lost(id, lost.clone(), now);
-                    return Some(lost);
-                }
-                // Nobody has said that it is gone.
-                None => {}
+        let (now, entry) = (self.0.clock.now(), state.entries.get(&id)?);
+        match self.workload_now(&entry.workload) {
+            Ok(workload) => state.becomes(id, workload),
+            Err(gone) => {
+                state.lost(id, gone.clone(), now);
+                return Some(gone);
             }
         }
         state.redecide(id, &self.policies(), now)
+    }
+
+    /// What a workload is now, as far as it is told: a pod's facts change, and it ends. While nobody tells, it is what it
+    /// was.
+    fn workload_now(&self, workload: &Arc<Workload>) -> Result<Arc<Workload>, HubError> {
+        match (&self.0.pods, workload.pod()) {
+            (Some(pods), Some(pod)) => match pods.by_uid(&pod.uid) {
+                None if pods.synced() => Err(HubError::PodGone(workload.to_string())),
+                now => Ok(now.unwrap_or_else(|| workload.clone())),
+            },
+            _ => Ok(workload.clone()),
+        }
     }
 
     /// A follower of `id`, which must be there. An expired certificate is renewed at once.
@@ -350,8 +362,7 @@ impl Hub {
 
     /// Charges the principal for one issuance.
     fn admit(&self, workload: &Workload) -> Result<(), HubError> {
-        queue::check(&self.0.principals, workload.principal())
-            .map_err(|retry_after| HubError::RateLimited { retry_after })
+        self.0.principals.check(&workload.principal()).map_err(|retry_after| HubError::RateLimited { retry_after })
     }
 
     /// Whether the entry's owner is `workload`, or is what is left of it and policy still grants it the same certificate.

@@ -3,6 +3,8 @@
 //! Invariant: nothing here proves anything. Labels and annotations are written by whoever creates an object; the
 //! controller takes them as a claim and checks it against what the API server itself wrote.
 
+mod trace;
+
 use std::{
     path::{Path, PathBuf},
     time::Duration,
@@ -150,6 +152,8 @@ fn client(config: Config) -> Result<Client, ConnectError> {
         .http2_keep_alive_timeout(PING_TIMEOUT)
         .build(connector);
     let service = ServiceBuilder::new()
+        .map_request(trace::name_span)
+        .map_future(trace::record_audit_id)
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer()?)
         .layer(config.extra_headers_layer()?)

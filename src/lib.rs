@@ -51,20 +51,22 @@
 //! | `files` | nothing of ours |
 //! | `socket` | nothing of ours |
 //! | `telemetry` | nothing of ours |
-//! | `kubernetes` | nothing of ours |
+//! | `kubernetes` | `telemetry` |
+//! | `rate` | nothing of ours |
 //! | `x509` | `spiffe` |
 //! | `attest::workload` | nothing of ours |
 //! | `policy` | `x509`, `attest::workload` |
-//! | `attest` | `clock` |
+//! | `attest` | `attest::workload`, `attest::pods`, `kubernetes`, `clock` |
 //! | `attest::pods` | `attest`, `attest::workload`, `kubernetes`, `clock`, `backoff` |
 //! | `policy::watch` | `policy`, `files`, `metrics`, `kubernetes` |
 //! | `trust` | `x509`, `files` |
-//! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `metrics`, `backoff`, `telemetry`, `kubernetes` |
+//! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `kubernetes`, `metrics`, `backoff`, `telemetry` |
 //! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock` |
-//! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `metrics`, `telemetry` |
-//! | `server` | `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `issue`, `hub`, `metrics`, `telemetry` |
+//! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `rate`, `metrics`, `telemetry`, `attest::pods` |
+//! | `server` | `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `hub`, `metrics`, `telemetry`, `issue` |
+//! | `controller` | `attest::pods`, `attest::workload`, `policy`, `policy::watch`, `x509`, `signer`, `kubernetes`, `clock`, `backoff`, `rate`, `metrics`, `telemetry` |
 //! | `client` | `proto`, `socket`, `backoff`, `telemetry` |
-//! | `config` | `policy`, `signer`, `trust`, `kubernetes`, `files`, `socket`, `telemetry` |
+//! | `config` | `controller`, `policy`, `signer`, `files`, `socket`, `telemetry`, `kubernetes`, `trust` |
 //! | `agent` | everything |
 //! | `cli` | everything |
 //! | `main` | everything |
@@ -90,6 +92,7 @@ pub mod cli;
 pub mod client;
 pub mod clock;
 pub mod config;
+pub mod controller;
 pub mod files;
 pub mod hub;
 pub mod issue;
@@ -97,6 +100,7 @@ pub mod kubernetes;
 pub mod metrics;
 pub mod policy;
 pub mod proto;
+pub mod rate;
 pub mod server;
 pub mod signer;
 pub mod socket;

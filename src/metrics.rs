@@ -15,8 +15,11 @@
 //! | `csrd_policy_generation` | gauge | | number of the policy set in force, from 1 |
 //! | `csrd_ca_not_after_seconds` | gauge | `signer` | end of the CA certificate in force, Unix time |
 //! | `csrd_credential_earliest_expiry_seconds` | gauge | | first end of a live credential, Unix time; `inf` when there is none |
-//! | `csrd_api_requests_total` | counter | `verb`; `result` ok, error; `reason` | requests about CertificateSigningRequests to the API server |
-//! | `csrd_api_request_duration_seconds` | histogram | `verb` | time of one of them; of a watch, until it is open |
+//! | `csrd_api_requests_total` | `verb`, `result`, `reason` |
+//! | `csrd_api_request_duration_seconds` | `verb` |
+//! | `csrd_csr_verdicts_total` | `result`, `reason` |
+//! | `csrd_csr_waiting` | nothing of ours |
+//! | `csrd_leading` | nothing of ours |
 //! | `csrd_build_info` | info | `version` | what is running |
 //!
 //! No label carries anything a caller can choose: `result` and `reason` are `&'static str` (`reason` is empty when the
@@ -74,6 +77,12 @@ pub struct Families {
     pub subscribers: Gauge,
     /// `csrd_connections`; see [`counted`].
     pub connections: Gauge,
+    /// `csrd_csr_verdicts_total`.
+    pub csr_verdicts: Outcomes,
+    /// `csrd_csr_waiting`.
+    pub csr_waiting: Gauge,
+    /// `csrd_leading`; see [`counted`].
+    pub leading: Gauge,
     issuances: Family<SignerOutcome, Counter>,
     issuance_duration: Durations<SignerName>,
     connections_refused: Family<Reason, Counter>,
@@ -124,6 +133,9 @@ impl Metrics {
                 seconds.clone(),
                 Family::default(),
             ),
+            csr_verdicts: Outcomes::add(r, "csr_verdicts", "Verdicts of the controller", ["approved", "refused"]),
+            csr_waiting: add(r, "csr_waiting", "Requests that wait for their turn", None, Gauge::default()),
+            leading: add(r, "leading", "Whether this replica leads", None, Gauge::default()),
             earliest_expiry: add(
                 r,
                 "credential_earliest_expiry",
@@ -410,6 +422,12 @@ mod tests {
         # HELP csrd_ca_not_after_seconds End of the CA in force, Unix time.
         # TYPE csrd_ca_not_after_seconds gauge
         # UNIT csrd_ca_not_after_seconds seconds
+        # HELP csrd_csr_verdicts Verdicts of the controller.
+        # TYPE csrd_csr_verdicts counter
+        # HELP csrd_csr_waiting Requests that wait for their turn.
+        # TYPE csrd_csr_waiting gauge
+        # HELP csrd_leading Whether this replica leads.
+        # TYPE csrd_leading gauge
         # HELP csrd_credential_earliest_expiry_seconds First end of a live credential, Unix time.
         # TYPE csrd_credential_earliest_expiry_seconds gauge
         # UNIT csrd_credential_earliest_expiry_seconds seconds

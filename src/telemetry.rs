@@ -40,7 +40,9 @@ use tracing_subscriber::{
     registry::LookupSpan,
 };
 
-pub use span::{call_span, current, deliver_span, inject, link, record_status, renew_span, rpc_span, traceparent};
+pub use span::{
+    call_span, current, deliver_span, inject, link, record_status, renew_span, rpc_span, traceparent, verdict_span,
+};
 pub use variables::Variables;
 
 use export::{Exporter, LateDispatch};

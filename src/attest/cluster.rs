@@ -29,7 +29,10 @@ impl Cluster {
             Place::Host => Ok(None),
             Place::Pod(process) => self.pods.of_process(&process).await.map(Some),
             Place::Own => {
-                let uid = self.own_pod.as_deref().unwrap_or_default();
+                let Some(uid) = &self.own_pod else {
+                    let why = "it is the agent's own, and the agent's token names no pod".to_owned();
+                    return Err(AttestError::PodUnknown { uid: String::new(), why });
+                };
                 self.pods.wait_for(uid).await.map(Some).ok_or_else(|| self.pods.unknown(uid))
             }
         }

@@ -33,6 +33,8 @@ use self::{
     follow::follow,
     state::{Found, State},
 };
+#[cfg(any(test, feature = "testing"))]
+use super::PodFacts;
 use super::{AttestError, Workload, cgroup::InPod};
 use crate::clock::Clock;
 
@@ -226,5 +228,87 @@ impl fmt::Display for Scope {
             Self::Node(node) => write!(f, "node {node}"),
             Self::Cluster => f.write_str("the cluster"),
         }
+    }
+}
+
+/// Pods that nobody follows, for tests of what stands on them.
+#[cfg(any(test, feature = "testing"))]
+impl Pods {
+    /// As after a list of these pods and of their namespaces, which have the labels of the last pod in each.
+    pub fn list_for_test(&self, pods: Vec<PodFacts>) {
+        let namespaces = pods.iter().map(|pod| (pod.namespace.clone(), pod.namespace_labels.clone())).collect();
+        self.apply(|state| state.namespaces(follow::Change::All(namespaces)));
+        self.apply(|state| state.pods(follow::Change::All(pods.into_iter().map(state::Reported::live).collect())));
+        self.want_services(false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use futures_util::poll;
+    use tokio::time::{Instant, sleep};
+
+    use super::*;
+
+    fn pods() -> Pods {
+        Pods::new(Scope::Node("n1".to_owned()), Clock::paused(SystemTime::UNIX_EPOCH))
+    }
+
+    fn pod(uid: &str) -> PodFacts {
+        PodFacts {
+            namespace: "shop".to_owned(),
+            name: "web".to_owned(),
+            uid: uid.to_owned(),
+            service_account: "web".to_owned(),
+            node: "n1".to_owned(),
+            labels: Default::default(),
+            namespace_labels: Default::default(),
+            ips: Vec::new(),
+            services: Default::default(),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_that_is_not_known_yet_is_waited_for_so_long_and_no_longer() {
+        let pods = pods();
+        pods.list_for_test(vec![pod("u1")]);
+        let later = pods.clone();
+        tokio::spawn(async move {
+            sleep(POD_WAIT - Duration::from_millis(1)).await;
+            later.list_for_test(vec![pod("u1"), pod("u2")]);
+        });
+        let began = Instant::now();
+        assert!(pods.wait_for("u2").await.is_some());
+        assert_eq!(began.elapsed(), POD_WAIT - Duration::from_millis(1));
+        let process = InPod { uid: "u3".to_owned(), container: "c".to_owned() };
+        let error = pods.of_process(&process).await.unwrap_err();
+        assert_eq!(began.elapsed(), 2 * POD_WAIT - Duration::from_millis(1));
+        let said = "the caller is in a pod with UID \"u3\", which is not known: no live pod of node n1 has it";
+        assert_eq!((error.to_string().as_str(), error.is_transient()), (said, true));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn so_many_calls_wait_and_one_more_is_told_to_come_back() {
+        let pods = pods();
+        let mut waiting: Vec<_> = (0..MAX_WAITING).map(|_| Box::pin(pods.wait_for("u1"))).collect();
+        for call in &mut waiting {
+            assert!(poll!(call).is_pending());
+        }
+        let began = Instant::now();
+        assert!(pods.wait_for("u1").await.is_none() && began.elapsed().is_zero(), "one past the bound");
+        pods.list_for_test(vec![pod("u1")]);
+        assert!(pods.wait_for("u1").await.is_some(), "what is known needs no place");
+        for call in waiting {
+            assert!(call.await.is_some());
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn before_anything_is_listed_that_is_the_reason() {
+        let process = InPod { uid: "u1".to_owned(), container: "c".to_owned() };
+        let error = pods().of_process(&process).await.unwrap_err();
+        assert!(error.to_string().ends_with("which is not known: policies have not been read yet"), "{error}");
     }
 }

@@ -232,3 +232,159 @@ impl fmt::Debug for Tokens {
         f.debug_struct("Tokens").field("audience", &self.audience).field("node", &self.node).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        convert::Infallible,
+        sync::atomic::{AtomicUsize, Ordering},
+    };
+
+    use kube::client::Body;
+    use serde_json::{Value, json};
+    use tokio::time::{advance, sleep};
+
+    use super::*;
+
+    /// How long the API server takes.
+    const ANSWER_TAKES: Duration = Duration::from_millis(100);
+
+    /// Tokens of an API server that answers so, and how often it was asked.
+    fn tokens(code: u16, answer: Value) -> (Arc<Tokens>, Arc<AtomicUsize>) {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = asked.clone();
+        let answer = answer.to_string().into_bytes();
+        let service = tower::service_fn(move |_: http::Request<Body>| {
+            count.fetch_add(1, Ordering::Relaxed);
+            let answer = http::Response::builder().status(code).body(Body::from(answer.clone())).unwrap();
+            async {
+                sleep(ANSWER_TAKES).await;
+                Ok::<_, Infallible>(answer)
+            }
+        });
+        (Arc::new(Tokens::new(Client::new(service, "default"), "csrd".to_owned(), "n1".to_owned())), asked)
+    }
+
+    /// A review of a good token, with `more` as its user's extra.
+    fn good(extra: Value) -> Value {
+        let user = json!({"username": "system:serviceaccount:shop:web", "groups": [SERVICE_ACCOUNTS], "extra": extra});
+        json!({"spec": {"token": ""}, "status": {"authenticated": true, "audiences": ["csrd"], "user": user}})
+    }
+
+    fn bound() -> Value {
+        json!({extra::NODE_NAME: ["n1"], extra::POD_UID: ["u1"], extra::POD_NAME: ["web"]})
+    }
+
+    fn token(text: &str) -> Token {
+        Token::in_headers([format!("Bearer {text}").as_bytes()].into_iter()).unwrap().unwrap()
+    }
+
+    #[test]
+    fn one_bearer_token_of_bounded_length_is_read() {
+        let read = |values: &[&str]| Token::in_headers(values.iter().map(|value| value.as_bytes()));
+        assert!(read(&[]).unwrap().is_none());
+        let longest = "a".repeat(MAX_TOKEN_BYTES);
+        for value in ["Bearer a.b-c_d", "bearer a", &format!("Bearer {longest}")] {
+            assert!(read(&[value]).unwrap().is_some(), "{value}");
+        }
+        let too_long = format!("Bearer {longest}a");
+        for values in [
+            &["Bearer a", "Bearer a"][..],
+            &["Bearer "],
+            &["Bearer"],
+            &[""],
+            &["Basic a"],
+            &["Bearer a b"],
+            &["Bearer a,b"],
+            &["Bearer ä"],
+            &[&too_long],
+        ] {
+            assert_eq!(read(values).unwrap_err().reason(), "TOKEN_MALFORMED", "{values:?}");
+        }
+        assert_eq!(format!("{:?}", token("secret")), "Token(..)");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_token_is_its_pods_if_it_is_for_us_bound_and_of_this_node() {
+        let (reviewer, _) = tokens(201, good(bound()));
+        assert_eq!(reviewer.review(&token("a")).await.unwrap(), Bearer { pod_uid: "u1".to_owned() });
+        let status = |status: Value| json!({"spec": {"token": ""}, "status": status});
+        let with = |key: &str, value: Value| {
+            let mut review = good(bound());
+            review["status"]["user"]["extra"][key] = value;
+            review
+        };
+        let (mut person, mut other_audience) = (good(bound()), good(bound()));
+        person["status"]["user"]["groups"] = json!(["system:authenticated"]);
+        other_audience["status"]["audiences"] = json!(["https://kubernetes.default.svc"]);
+        for (answer, reason) in [
+            (status(json!({"error": "token has expired"})), "TOKEN_NOT_ACCEPTED"),
+            (status(json!({"authenticated": false})), "TOKEN_NOT_ACCEPTED"),
+            (status(json!({"authenticated": true})), "TOKEN_NOT_ACCEPTED"),
+            (other_audience, "TOKEN_NOT_ACCEPTED"),
+            (person, "TOKEN_NOT_BOUND"),
+            (good(json!({})), "TOKEN_NOT_BOUND"),
+            (with(extra::POD_UID, json!(["u1", "u2"])), "TOKEN_NOT_BOUND"),
+            (with(extra::NODE_NAME, json!(["n2"])), "TOKEN_OF_OTHER_NODE"),
+            (with(extra::NODE_NAME, json!(["n1", "n2"])), "TOKEN_OF_OTHER_NODE"),
+            (with(extra::NODE_NAME, json!([])), "TOKEN_OF_OTHER_NODE"),
+        ] {
+            let (reviewer, asked) = tokens(201, answer.clone());
+            for _ in 0..2 {
+                let error = reviewer.review(&token("a")).await.unwrap_err();
+                assert_eq!((error.reason(), error.is_transient()), (reason, false), "{answer}");
+            }
+            assert_eq!(asked.load(Ordering::Relaxed), 1, "a refusal holds as a yes does");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_verdict_is_shared_and_holds_for_ten_seconds() {
+        let (reviewer, asked) = tokens(201, good(bound()));
+        let (a, b) = (token("a"), token("b"));
+        let (first, second, other) = tokio::join!(reviewer.review(&a), reviewer.review(&a), reviewer.review(&b));
+        assert!(first.is_ok() && second.is_ok() && other.is_ok());
+        assert_eq!(asked.load(Ordering::Relaxed), 2, "once for each token");
+        advance(VERDICT_HOLDS_FOR - ANSWER_TAKES - Duration::from_millis(1)).await;
+        reviewer.review(&a).await.unwrap();
+        assert_eq!(asked.load(Ordering::Relaxed), 2);
+        advance(Duration::from_millis(1)).await;
+        reviewer.review(&a).await.unwrap();
+        assert_eq!(asked.load(Ordering::Relaxed), 3, "counted from when the API server was asked");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_api_server_that_does_not_review_is_asked_again() {
+        let message = json!({"kind": "Status", "status": "Failure", "code": 503, "message": "away", "reason": "x"});
+        let (reviewer, asked) = tokens(503, message);
+        let a = token("a");
+        let both = tokio::join!(reviewer.review(&a), reviewer.review(&a));
+        for error in [both.0.unwrap_err(), both.1.unwrap_err(), reviewer.review(&a).await.unwrap_err()] {
+            assert_eq!(error.to_string(), "the API server does not review the token: away");
+            assert!(error.is_transient());
+        }
+        assert_eq!(asked.load(Ordering::Relaxed), 2, "those who ask at once share the answer");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn verdicts_and_reviews_are_bounded() {
+        let (reviewer, asked) = tokens(201, good(bound()));
+        let all = MAX_REVIEWS * (REVIEW_TIMEOUT.as_millis() / ANSWER_TAKES.as_millis()) as usize;
+        let began = Instant::now();
+        let reviews = (0..=2 * all).map(|n| {
+            let reviewer = reviewer.clone();
+            tokio::spawn(async move { reviewer.review(&token(&n.to_string())).await })
+        });
+        let mut late = 0;
+        for review in reviews.collect::<Vec<_>>() {
+            late += usize::from(review.await.unwrap().is_err());
+        }
+        assert_eq!(began.elapsed(), REVIEW_TIMEOUT, "nobody waits longer");
+        assert!((all..=all + 2 * MAX_REVIEWS).contains(&late), "{late} did not get their turn in time");
+        for n in 0..=MAX_VERDICTS {
+            let _ = reviewer.begun(token(&format!("x{n}")).sha256());
+        }
+        assert_eq!(reviewer.lock().len(), MAX_VERDICTS);
+        assert!(asked.load(Ordering::Relaxed) <= all + MAX_REVIEWS);
+    }
+}

@@ -59,7 +59,7 @@ pub struct PodFacts {
     pub name: String,
     /// Its UID: no two pods ever have the same, whatever their names.
     pub uid: String,
-    /// Name of its ServiceAccount.
+    /// Name of its ServiceAccount; empty for a static pod, which has none.
     pub service_account: String,
     /// Name of the node it runs on.
     pub node: String,
@@ -67,7 +67,8 @@ pub struct PodFacts {
     pub labels: BTreeMap<String, String>,
     /// Labels of its namespace.
     pub namespace_labels: BTreeMap<String, String>,
-    /// Its addresses; none before the kubelet has reported them.
+    /// Its own addresses: none before the kubelet has reported them, and none in the host's network, where they are the
+    /// node's.
     pub ips: Vec<IpAddr>,
     /// Names of the Services in its namespace that select it; only while a loaded policy asks for them.
     pub services: BTreeSet<String>,

@@ -134,7 +134,7 @@ async fn parts(config: Config, descriptors: usize, stop: CancellationToken) -> a
 }
 
 /// Logs to stderr, and traces if an `OTEL_*` variable names a collector.
-fn start_telemetry(log: Log) -> anyhow::Result<Telemetry> {
+pub(super) fn start_telemetry(log: Log) -> anyhow::Result<Telemetry> {
     let log = Log { ansi: io::stderr().is_terminal(), ..log };
     let (dispatch, telemetry) = Telemetry::new(&log, &otel_variables(), io::stderr).map_err(UsageError::of)?;
     tracing::dispatcher::set_global_default(dispatch)?;
@@ -142,18 +142,18 @@ fn start_telemetry(log: Log) -> anyhow::Result<Telemetry> {
 }
 
 /// SIGTERM and SIGINT, caught from its making on.
-struct Signals {
+pub(super) struct Signals {
     term: Signal,
     int: Signal,
 }
 
 impl Signals {
-    fn catch() -> io::Result<Self> {
+    pub(super) fn catch() -> io::Result<Self> {
         Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
     }
 
     /// Stops at the first signal; ends at the second.
-    async fn second(mut self, stop: CancellationToken) {
+    pub(super) async fn second(mut self, stop: CancellationToken) {
         self.next().await;
         tracing::info!("stopping; a second signal exits at once");
         stop.cancel();

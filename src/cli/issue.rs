@@ -2,10 +2,12 @@
 
 use std::{
     io::{self, IsTerminal as _, Write as _},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
 };
+
+use zeroize::Zeroizing;
 
 use super::{
     UsageError,
@@ -13,13 +15,18 @@ use super::{
 };
 use crate::{
     client::{
-        Certificate,
         output::{self, Summary},
         printable,
         sink::{DEFAULT_KEY_MODE, Sink, Target},
     },
+    files,
     proto::v1,
 };
+
+/// Bytes of the file of --server-ca.
+const MAX_ROOTS_BYTES: usize = 1 << 20;
+/// Where every pod with a ServiceAccount token has the roots of its API server.
+const CLUSTER_ROOTS: &str = "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt";
 
 /// Ask for one certificate
 ///
@@ -46,6 +53,12 @@ pub struct Args {
     /// Namespace of the Secret for -o secret [default: kubectl's]
     #[arg(long, value_name = "NAME", value_parser = namespace, requires = "name", help_heading = "Output")]
     namespace: Option<String>,
+    /// Address of the API server for -o kubeconfig, for example https://10.0.0.1:6443
+    #[arg(long, value_name = "URL", value_parser = server, required_if_eq("output", "kubeconfig"), help_heading = "Output")]
+    server: Option<String>,
+    /// PEM roots of the API server for -o kubeconfig
+    #[arg(long, value_name = "FILE", default_value = CLUSTER_ROOTS, help_heading = "Output")]
+    server_ca: PathBuf,
     /// Show the stages even if stderr is no terminal
     #[arg(short, long, help_heading = "Output")]
     verbose: bool,
@@ -62,6 +75,8 @@ enum Format {
     Pem,
     /// A kubernetes.io/tls Secret on stdout, for kubectl apply --server-side -f -
     Secret,
+    /// A kubeconfig with the certificate as its user on stdout; the signer must be kubernetes.io/kube-apiserver-client
+    Kubeconfig,
 }
 
 /// Asks, shows the stages, writes.
@@ -69,11 +84,25 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     if args.name.is_some() && args.output != Format::Secret {
         return Err(UsageError("--name is for -o secret".into()).into());
     }
-    if args.output == Format::Secret && args.request.holds_key() {
-        return Err(UsageError("-o secret needs the private key, which --csr keeps with you".into()).into());
+    if args.server.is_some() && args.output != Format::Kubeconfig {
+        return Err(UsageError("--server is for -o kubeconfig".into()).into());
     }
+    if matches!(args.output, Format::Secret | Format::Kubeconfig) && args.request.holds_key() {
+        return Err(
+            UsageError("-o secret and -o kubeconfig need the private key, which --csr keeps with you".into()).into()
+        );
+    }
+    // Before anything is issued that could then not be written.
+    let roots = match args.output {
+        Format::Kubeconfig => read_roots(&args.server_ca)?,
+        _ => String::new(),
+    };
     let verbose = args.verbose || io::stderr().is_terminal();
-    let request = args.request.into_request()?;
+    let mut request = args.request.into_request()?;
+    if args.output == Format::Kubeconfig && request.usages.is_empty() {
+        // kubectl is a client, and kubernetes.io/kube-apiserver-client signs for nothing else.
+        request.usages = vec![v1::Usage::ClientAuth.into(), v1::Usage::DigitalSignature.into()];
+    }
     let progress = |stage: v1::Stage| {
         if verbose {
             show(&stage_line(&stage));
@@ -89,7 +118,17 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let certificate = args.socket.client().issue(request, progress).await?;
     match sink {
         Some(sink) => sink.write(&certificate)?,
-        None => print(&certificate, args.output, args.name.as_deref(), args.namespace.as_deref())?,
+        None => super::print(&match args.output {
+            Format::Json => output::json(&certificate),
+            Format::Secret => {
+                let secret = output::secret(&certificate, &args.name.unwrap_or_default(), args.namespace.as_deref());
+                bytes(secret.expect(KEY_IS_OURS))
+            }
+            Format::Kubeconfig => {
+                bytes(output::kubeconfig(&certificate, &args.server.unwrap_or_default(), &roots).expect(KEY_IS_OURS))
+            }
+            Format::Pem | Format::Files => output::pem(&certificate),
+        })?,
     }
     if verbose {
         show(&Summary::from(&certificate).to_string());
@@ -97,14 +136,19 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn print(certificate: &Certificate, format: Format, name: Option<&str>, namespace: Option<&str>) -> io::Result<()> {
-    match format {
-        Format::Json => super::print(&output::json(certificate)),
-        Format::Secret => {
-            let secret = output::secret(certificate, name.unwrap_or_default(), namespace);
-            super::print(secret.expect("--csr was refused, so the agent made the key").as_bytes())
-        }
-        Format::Pem | Format::Files => super::print(&output::pem(certificate)),
+const KEY_IS_OURS: &str = "--csr was refused, so the agent made the key";
+
+/// The same memory, which is wiped as before.
+fn bytes(mut text: Zeroizing<String>) -> Zeroizing<Vec<u8>> {
+    Zeroizing::new(std::mem::take(&mut *text).into_bytes())
+}
+
+fn read_roots(path: &Path) -> Result<String, UsageError> {
+    let refuse = |why: String| UsageError(format!("--server-ca {}: {why}", path.display()));
+    let text = files::read_text(path, MAX_ROOTS_BYTES).map_err(|error| refuse(error.to_string()))?;
+    match text.contains("-----BEGIN CERTIFICATE-----") {
+        true => Ok(text),
+        false => Err(refuse("holds no PEM certificate".to_owned())),
     }
 }
 
@@ -122,6 +166,10 @@ fn show(line: &str) {
 
 fn secret_name(text: &str) -> Result<String, String> {
     output::check_secret_name(text).map(|()| text.to_owned())
+}
+
+fn server(text: &str) -> Result<String, String> {
+    output::check_server(text).map(|()| text.to_owned())
 }
 
 fn namespace(text: &str) -> Result<String, String> {

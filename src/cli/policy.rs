@@ -3,15 +3,16 @@
 //! The verdicts are those of the agent: files are read, requests parsed and policies judged by the same code. What is
 //! described is attested by nobody, so the answer is words and never a grant.
 
-use std::{fmt::Write as _, path::PathBuf, process::ExitCode};
+use std::{fmt::Write as _, net::IpAddr, path::PathBuf, process::ExitCode};
 
 use serde_json::json;
 
 use super::{Exit, TableFormat, UsageError, request::RequestArgs};
 use crate::{
-    attest::{Facts, UnixFacts},
+    attest::{Facts, PodFacts, UnixFacts},
+    kubernetes,
     policy::{
-        self, Explanation, Problem,
+        self, Ask, EMBEDDED, Explanation, PolicySet, Problem,
         watch::{LoadError, read_set},
     },
     server,
@@ -26,19 +27,21 @@ pub struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
-    Check(Check),
+    Check(Box<Check>),
 }
 
 /// Evaluate policy files against a described workload and request, offline, and explain the decision
 ///
-/// Exits with 0 when the request is granted, 77 when it is denied, 64 when a file or the request is not valid.
+/// The workload is a process, described from --uid on, or a pod, described from --namespace on. Exits with 0 when the request is granted, 77 when it is denied, 64 when a file or the request is not valid.
 #[derive(Debug, clap::Args)]
 struct Check {
     /// Policy files, or folders of them
     #[arg(required = true, value_name = "PATH")]
     paths: Vec<PathBuf>,
     #[command(flatten)]
-    workload: WorkloadArgs,
+    process: ProcessArgs,
+    #[command(flatten)]
+    pod: PodArgs,
     #[command(flatten)]
     request: RequestArgs,
     /// Output format
@@ -47,11 +50,12 @@ struct Check {
 }
 
 #[derive(Debug, clap::Args)]
-#[command(next_help_heading = "Workload, as the kernel would describe it")]
-struct WorkloadArgs {
+#[command(next_help_heading = "Process of a host, as the kernel would describe it")]
+#[group(conflicts_with = "PodArgs", requires = "uid")]
+struct ProcessArgs {
     /// User id
-    #[arg(long, value_name = "NUMBER")]
-    uid: u32,
+    #[arg(long, value_name = "NUMBER", required_unless_present = "namespace")]
+    uid: Option<u32>,
     /// Group id; the first is the primary one [default: the user id]
     #[arg(long, value_name = "NUMBER")]
     gid: Vec<u32>,
@@ -75,36 +79,102 @@ struct WorkloadArgs {
     cgroup: Option<String>,
 }
 
-impl From<WorkloadArgs> for UnixFacts {
-    fn from(args: WorkloadArgs) -> Self {
-        let gid = args.gid.first().copied().unwrap_or(args.uid);
-        let mut supplementary_gids = args.gid;
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Pod, as the API server would describe it; policies are read as a cluster's")]
+#[group(requires = "namespace")]
+struct PodArgs {
+    /// Namespace
+    #[arg(long, value_name = "NAME")]
+    namespace: Option<String>,
+    /// Name of the pod
+    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
+    pod: String,
+    /// Name of its ServiceAccount
+    #[arg(long, value_name = "NAME", default_value = "default")]
+    service_account: String,
+    /// Label; may be repeated, as may every flag below but --node
+    #[arg(long, value_name = "KEY=VALUE", value_parser = label)]
+    label: Vec<(String, String)>,
+    /// Label of its namespace
+    #[arg(long, value_name = "KEY=VALUE", value_parser = label)]
+    namespace_label: Vec<(String, String)>,
+    /// Address
+    #[arg(long, value_name = "ADDRESS")]
+    pod_ip: Vec<IpAddr>,
+    /// Name of a Service that selects it
+    #[arg(long, value_name = "NAME")]
+    service: Vec<String>,
+    /// Name of its node
+    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
+    node: String,
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("a label is KEY=VALUE")?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+impl ProcessArgs {
+    fn facts(self, uid: u32) -> Facts {
+        let gid = self.gid.first().copied().unwrap_or(uid);
+        let mut supplementary_gids = self.gid;
         supplementary_gids.sort_unstable();
         supplementary_gids.dedup();
-        Self {
-            uid: args.uid,
+        Facts::Process(UnixFacts {
+            uid,
             gid,
             supplementary_gids,
-            user: args.user,
-            group: args.group,
-            executable: args.executable,
-            executable_sha256: args.sha256,
-            systemd_unit: args.unit,
-            cgroup: args.cgroup,
-        }
+            user: self.user,
+            group: self.group,
+            executable: self.executable,
+            executable_sha256: self.sha256,
+            systemd_unit: self.unit,
+            cgroup: self.cgroup,
+        })
+    }
+}
+
+impl PodArgs {
+    fn facts(self) -> Facts {
+        Facts::Pod(PodFacts {
+            namespace: self.namespace.unwrap_or_default(),
+            name: self.pod,
+            // There is no flag for it: nobody knows the UID of a pod beforehand.
+            uid: String::new(),
+            service_account: self.service_account,
+            node: self.node,
+            labels: self.label.into_iter().collect(),
+            namespace_labels: self.namespace_label.into_iter().collect(),
+            ips: self.pod_ip,
+            services: self.service.into_iter().collect(),
+        })
+    }
+}
+
+impl Check {
+    /// The set as an agent would read it, the described workload, and the request.
+    fn read(self) -> anyhow::Result<(Result<PolicySet, LoadError>, Facts, Ask)> {
+        // Of a process or, as clap has seen to, of a pod in a cluster.
+        let (default_signer, facts) = match self.process.uid {
+            Some(uid) => (EMBEDDED, self.process.facts(uid)),
+            None => (kubernetes::SIGNER, self.pod.facts()),
+        };
+        let ask = server::ask(self.request.into_request()?).map_err(UsageError)?;
+        Ok((read_set(&self.paths, default_signer), facts, ask))
     }
 }
 
 /// Reads, judges and explains.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let Command::Check(check) = args.command;
-    let policies = match read_set(&check.paths) {
+    let output = check.output;
+    let (policies, facts, ask) = check.read()?;
+    let policies = match policies {
         Ok(policies) => policies,
-        Err(error) => return invalid(error, check.output),
+        Err(error) => return invalid(error, output),
     };
-    let ask = server::ask(check.request.into_request()?).map_err(UsageError)?;
-    let explanation = policy::explain(&policies, &Facts::Process(check.workload.into()), &ask);
-    let text = match check.output {
+    let explanation = policy::explain(&policies, &facts, &ask);
+    let text = match output {
         TableFormat::Table => in_words(&explanation),
         TableFormat::Json => in_json(&explanation),
     };
@@ -185,9 +255,8 @@ spec:
         let command = format!("policy check {} {flags}", file.path().display());
         let cli = Cli::try_parse_from(command.split_whitespace())?;
         let Command::Check(check) = cli.args.command;
-        let policies = read_set(&check.paths)?;
-        let ask = server::ask(check.request.into_request()?).map_err(UsageError)?;
-        Ok(policy::explain(&policies, &Facts::Process(check.workload.into()), &ask))
+        let (policies, facts, ask) = check.read()?;
+        Ok(policy::explain(&policies?, &facts, &ask))
     }
 
     const WEB: &str = "--uid 1000 --gid 100 --gid 33 --executable /usr/bin/web";
@@ -257,6 +326,67 @@ spec:
         }
         for (flag, other) in [("--unit web.service", ""), ("/bin/web", "/bin/other"), ("--uid 7", "--uid 7 --gid 8")] {
             assert!(check(policies, &flags.replace(flag, other)).unwrap().granted.is_none(), "{flag}");
+        }
+    }
+
+    #[test]
+    fn every_flag_of_a_pod_counts() {
+        let policies = "
+apiVersion: csrd.dev/v1alpha1
+kind: CertificatePolicy
+metadata: {name: all}
+spec:
+  match:
+    kubernetes:
+      namespaces: [production]
+      namespaceSelector: {matchLabels: {team: a}}
+      podSelector: {matchLabels: {app: web, tier: ''}}
+      serviceAccounts: [web]
+  allow:
+    dnsNames: ['{kubernetes.service}.{kubernetes.namespace}.svc', '{kubernetes.pod}.example.org', '{kubernetes.node}']
+    ipAddresses: ['{kubernetes.podIP}']
+";
+        let flags = "--namespace production --pod web-0 --service-account web --label app=web --label tier= --namespace-label \
+                     team=a --pod-ip 10.0.0.7 --service web --service api --node node1 --dns web.production.svc --dns \
+                     api.production.svc --dns web-0.example.org --dns node1 --ip 10.0.0.7";
+        let granted = check(policies, flags).unwrap();
+        insta::assert_snapshot!(in_words(&granted), @r"
+        policy all grants
+          DNS names: web.production.svc, api.production.svc, web-0.example.org, node1
+          IP addresses: 10.0.0.7
+          usages: digital signature, server auth, client auth
+          key: ecdsa-p256
+          lifetime: 1h
+          signer: csrd.dev/workload
+        ");
+        for flag in [
+            "--pod web-0",
+            "--service-account web",
+            "--label app=web",
+            "--label tier=",
+            "--namespace-label team=a",
+            "--pod-ip 10.0.0.7",
+            "--service web",
+            "--service api",
+            "--node node1",
+        ] {
+            assert!(check(policies, &flags.replacen(flag, "", 1)).unwrap().granted.is_none(), "{flag}");
+        }
+    }
+
+    #[test]
+    fn a_workload_is_a_process_or_a_pod() {
+        for (flags, words) in [
+            ("", "--uid"),
+            ("--user web", "--uid"),
+            ("--label a=b", "--namespace"),
+            ("--uid 1 --namespace a", "cannot be used with"),
+            ("--uid 1 --label a=b", "cannot be used with"),
+            ("--namespace a --gid 1", "cannot be used with"),
+            ("--namespace a --label b", "a label is KEY=VALUE"),
+        ] {
+            let error = check(POLICIES, flags).unwrap_err().to_string();
+            assert!(error.contains(words), "{flags}: {error}");
         }
     }
 

@@ -1,7 +1,7 @@
 //! What is shown: pure functions from answers to text and JSON.
 //!
 //! JSON names are the proto's field names and stay stable; tables are for people and do not. A private key is rendered
-//! only by [`json()`], [`pem()`] and [`secret`], which are asked for by name, into buffers that are wiped; no other function
+//! only by [`json()`], [`pem()`], [`secret`] and [`kubeconfig`], which are asked for by name, into buffers that are wiped; no other function
 //! here sees one. Deliberately not here: writing it anywhere.
 
 use std::fmt;
@@ -86,6 +86,39 @@ pub fn secret(certificate: &Certificate, name: &str, namespace: Option<&str>) ->
         format!("apiVersion: v1\nkind: Secret\nmetadata:\n  name: \"{name}\"\n{namespace}type: kubernetes.io/tls\n");
     let parts = [&head, "data:\n  tls.crt: ", &chain, "\n  tls.key: ", &key, "\n  ca.crt: ", &roots, "\n"];
     Some(Zeroizing::new(parts.concat()))
+}
+
+/// A kubeconfig whose only user is this certificate; `None` when the caller holds the key.
+///
+/// `server` must have passed [`check_server`], and `roots` (PEM) verify it: they are the cluster's own and not the signer's, which
+/// need not be the same.
+pub fn kubeconfig(certificate: &Certificate, server: &str, roots: &str) -> Option<Zeroizing<String>> {
+    let key = certificate.private_key.as_ref()?;
+    let encoded = |text: &str| Zeroizing::new(BASE64_STANDARD.encode(text));
+    let (chain, key, roots) = (encoded(&certificate.certificate_chain), encoded(key), encoded(roots));
+    let parts = [
+        "apiVersion: v1\nkind: Config\ncurrent-context: csrd\ncontexts:\n- name: csrd\n  context: {cluster: csrd, user: csrd}\n",
+        "clusters:\n- name: csrd\n  cluster:\n    server: \"",
+        server,
+        "\"\n    certificate-authority-data: ",
+        &roots,
+        "\nusers:\n- name: csrd\n  user:\n    client-certificate-data: ",
+        &chain,
+        "\n    client-key-data: ",
+        &key,
+        "\n",
+    ];
+    Some(Zeroizing::new(parts.concat()))
+}
+
+/// Whether `server` is an address that kubectl can use and that a quoted YAML text can hold.
+pub fn check_server(server: &str) -> Result<(), String> {
+    let plain = |c: char| c.is_ascii_graphic() && !matches!(c, '"' | '\\');
+    let known = server.parse::<http::Uri>().ok().filter(|uri| uri.scheme_str() == Some("https"));
+    match known.is_some_and(|uri| uri.query().is_none()) && server.chars().all(plain) {
+        true => Ok(()),
+        false => Err("must be the API server's address, for example https://10.0.0.1:6443".to_owned()),
+    }
 }
 
 /// Whether a Secret can have this name: labels of `a-z`, `0-9` and inner `-`, joined by dots.
@@ -440,6 +473,31 @@ mod tests {
         let mut held = tagged("1");
         held.private_key = None;
         assert!(secret(&held, "web", None).is_none());
+        assert!(kubeconfig(&held, "https://a", "roots").is_none());
+    }
+
+    #[test]
+    fn a_kubeconfig_holds_the_certificate_its_key_and_the_clusters_own_roots() {
+        let config = kubeconfig(&tagged("1"), "https://10.0.0.1:6443", "cluster").expect("with a key");
+        let data = |name: &str| {
+            let line = config.lines().find_map(|line| line.trim().strip_prefix(name)).expect("the line is there");
+            String::from_utf8(BASE64_STANDARD.decode(line).expect("base64")).expect("text")
+        };
+        assert_eq!(data("client-certificate-data: "), tagged("1").certificate_chain);
+        assert_eq!(data("client-key-data: "), **tagged("1").private_key.as_ref().expect("a key"));
+        assert_eq!(data("certificate-authority-data: "), "cluster");
+    }
+
+    #[test]
+    fn a_server_is_an_https_address_that_a_quoted_text_can_hold() {
+        for good in ["https://10.0.0.1:6443", "https://[::1]:443", "https://api.example.org/path"] {
+            assert_eq!(check_server(good), Ok(()), "{good}");
+        }
+        for bad in
+            ["", "10.0.0.1", "http://a", "https://", "https://a\"b", "https://a\nb", "https://a?x=1", "https://a\\b"]
+        {
+            assert!(check_server(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

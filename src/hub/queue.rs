@@ -2,28 +2,11 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    num::NonZeroU32,
     time::{Duration, SystemTime},
 };
 
-use governor::{
-    Quota, RateLimiter,
-    clock::Clock,
-    middleware::NoOpMiddleware,
-    state::{InMemoryState, NotKeyed, keyed::HashMapStateStore},
-};
-use tokio::time::Instant;
-
 use super::MAX_FLIGHTS_PER_PRINCIPAL;
-
-/// A token bucket: so many a second, so many at once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rate {
-    /// Tokens that come back each second.
-    pub per_second: NonZeroU32,
-    /// Tokens that may be spent at once.
-    pub burst: NonZeroU32,
-}
+use crate::rate::{Bucket, Rate};
 
 /// The order of flights that wait: whoever is waiting for an answer first, then renewals by the end of what they renew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -39,8 +22,7 @@ pub(super) enum Turn {
 pub(super) struct Queue {
     lines: HashMap<u64, Line>,
     counter: u64,
-    bucket: RateLimiter<NotKeyed, InMemoryState, TokioClock, NoOpMiddleware<Since>>,
-    clock: TokioClock,
+    bucket: Bucket,
 }
 
 /// One principal's flights.
@@ -54,9 +36,7 @@ struct Line {
 
 impl Queue {
     pub(super) fn new(rate: Rate) -> Self {
-        let clock = TokioClock::new();
-        let bucket = RateLimiter::direct_with_clock(rate.quota(), clock);
-        Self { lines: HashMap::new(), counter: 0, bucket, clock }
+        Self { lines: HashMap::new(), counter: 0, bucket: Bucket::new(rate) }
     }
 
     /// Puts `id` behind those of its principal with the same turn; returns its rank among them.
@@ -78,7 +58,7 @@ impl Queue {
         let may_fly = self.lines.values_mut().filter(|line| line.under_way < MAX_FLIGHTS_PER_PRINCIPAL);
         let next = may_fly.filter_map(|line| Some((line.waiting.first_key_value()?.0.0, line)));
         let Some((_, line)) = next.min_by_key(|(turn, line)| (*turn, line.served)) else { return Ok(None) };
-        self.bucket.check().map_err(|not_yet| not_yet.wait_time_from(self.clock.now()))?;
+        self.bucket.check()?;
         self.counter += 1;
         line.served = self.counter;
         line.under_way += 1;
@@ -103,49 +83,5 @@ impl Queue {
         if self.lines.get(&principal).is_some_and(|line| line.waiting.is_empty() && line.under_way == 0) {
             self.lines.remove(&principal);
         }
-    }
-}
-
-/// One bucket for each principal.
-pub(super) type KeyedLimiter = RateLimiter<u64, HashMapStateStore<u64>, TokioClock, NoOpMiddleware<Since>>;
-
-pub(super) fn keyed_limiter(rate: Rate) -> KeyedLimiter {
-    RateLimiter::hashmap_with_clock(rate.quota(), TokioClock::new())
-}
-
-/// Spends one token of `principal`, or says how long until there is one.
-pub(super) fn check(limiter: &KeyedLimiter, principal: u64) -> Result<(), Duration> {
-    /// Principals remembered before those with full buckets are dropped.
-    const SWEEP_ABOVE: usize = 1024;
-    if limiter.len() > SWEEP_ABOVE {
-        limiter.retain_recent();
-    }
-    limiter.check_key(&principal).map_err(|not_yet| not_yet.wait_time_from(limiter.clock().now()))
-}
-
-impl Rate {
-    fn quota(self) -> Quota {
-        Quota::per_second(self.per_second).allow_burst(self.burst)
-    }
-}
-
-/// tokio's clock for governor, so that limits follow paused time in tests.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct TokioClock(Instant);
-
-/// Time since the limiter was made.
-pub(super) type Since = Duration;
-
-impl TokioClock {
-    fn new() -> Self {
-        Self(Instant::now())
-    }
-}
-
-impl Clock for TokioClock {
-    type Instant = Since;
-
-    fn now(&self) -> Since {
-        self.0.elapsed()
     }
 }

@@ -120,7 +120,7 @@ impl Fact {
             Self::Namespace => Some(&pod.namespace),
             Self::Pod => Some(&pod.name),
             Self::PodUid => Some(&pod.uid),
-            Self::ServiceAccount => Some(&pod.service_account),
+            Self::ServiceAccount => Some(pod.service_account.as_str()).filter(|name| !name.is_empty()),
             Self::Node => Some(&pod.node),
             _ => None,
         }

@@ -12,12 +12,12 @@ use super::{
     shown,
     template::Pattern,
 };
-use crate::x509::{Names, Usage, Usages};
+use crate::x509::{Names, Usage, Usages, name::MAX_DNS_LABEL_BYTES};
 
 /// The signer of a policy on a host that names none.
 pub const EMBEDDED: &str = "embedded";
-/// Bytes in a signer's name: a DNS subdomain, a slash and a path of the same size.
-pub const MAX_SIGNER_BYTES: usize = 2 * MAX_NAME_BYTES + 1;
+/// Bytes in a signer's name (certificates.k8s.io/v1): room for a DNS subdomain, a namespace and an object in it.
+pub const MAX_SIGNER_BYTES: usize = MAX_NAME_BYTES + 1 + MAX_DNS_LABEL_BYTES + 1 + MAX_NAME_BYTES;
 /// The shortest lifetime that certificates.k8s.io/v1 takes as `expirationSeconds`.
 pub const MIN_REQUESTED_LIFETIME: Duration = Duration::from_secs(600);
 /// Users and groups that belong to Kubernetes itself.
@@ -30,7 +30,7 @@ const API_CLIENT_USAGES: Usages =
     Usages::empty().with(Usage::ClientAuth).with(Usage::DigitalSignature).with(Usage::KeyEncipherment);
 
 /// Signers that no workload certificate can come from, with the reason.
-const REFUSED: [(&str, &str); 3] = [
+pub(super) const REFUSED: [(&str, &str); 3] = [
     (
         "kubernetes.io/kubelet-serving",
         "it signs only for kubelets: organization system:nodes, a common name that begins with system:node:, server auth \
@@ -61,9 +61,16 @@ impl Signer {
             return Err(format!("{name} is refused: {reason}"));
         }
         // As certificates.k8s.io/v1 checks signerName.
-        let requested =
-            |(domain, path): (&str, &str)| is_object_name(domain) && domain.contains('.') && is_object_name(path);
-        match name == EMBEDDED || name.split_once('/').is_some_and(requested) {
+        let is_domain = |domain: &str| {
+            is_object_name(domain)
+                && domain.contains('.')
+                && domain.split('.').all(|it| it.len() <= MAX_DNS_LABEL_BYTES)
+        };
+        let is_requested = name.len() <= MAX_SIGNER_BYTES
+            && name
+                .split_once('/')
+                .is_some_and(|(domain, path)| is_domain(domain) && path.split('.').all(is_object_name));
+        match name == EMBEDDED || is_requested {
             true => Ok(Self(name.to_owned())),
             false => Err(format!("it must be {EMBEDDED}, or a signer name such as csrd.dev/workload")),
         }
@@ -188,13 +195,20 @@ mod tests {
     }
 
     #[test]
-    fn the_name_of_a_signer_has_a_bound() {
-        let signer =
-            |domain: usize, path: usize| format!("  signer: a.{}/{}", "a".repeat(domain - 2), "a".repeat(path));
-        assert_eq!(problems(&signer(MAX_NAME_BYTES, MAX_NAME_BYTES)), [""; 0]);
-        refused(&signer(MAX_NAME_BYTES + 1, 1), "it must be embedded, or a signer name");
-        refused(&signer(3, MAX_NAME_BYTES + 1), "it must be embedded, or a signer name");
-        assert_eq!(MAX_SIGNER_BYTES, MAX_NAME_BYTES + 1 + MAX_NAME_BYTES);
+    fn the_name_of_a_signer_has_bounds() {
+        let long = |n: usize| "a".repeat(n);
+        let domain = |n: usize| [long(63), long(63), long(63), long(n - 192)].join(".");
+        let path = |n: usize| format!("{}.{}", long(253), long(n - 254));
+        let longest = |bytes: usize| format!("{}/{}", domain(MAX_NAME_BYTES), path(bytes - MAX_NAME_BYTES - 1));
+        assert_eq!(problems(&format!("  signer: {}", longest(MAX_SIGNER_BYTES))), [""; 0]);
+        for name in [
+            longest(MAX_SIGNER_BYTES + 1),
+            format!("{}/a", domain(MAX_NAME_BYTES + 1)),
+            format!("a.{}/a", long(64)),
+            format!("a.b/{}", long(MAX_NAME_BYTES + 1)),
+        ] {
+            refused(&format!("  signer: {name}"), "it must be embedded, or a signer name");
+        }
     }
 
     #[test]

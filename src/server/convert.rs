@@ -272,7 +272,7 @@ mod tests {
         let text = |bytes| "x".repeat(bytes);
         check(|it| it.signer_name = text(MAX_SIGNER_BYTES), "", "");
         check(|it| it.policy = text(MAX_NAME_BYTES), "", "");
-        check(|it| it.signer_name = text(MAX_SIGNER_BYTES + 1), "REQUEST_INVALID", "signer_name: 508 bytes given");
+        check(|it| it.signer_name = text(MAX_SIGNER_BYTES + 1), "REQUEST_INVALID", "signer_name: 572 bytes given");
         check(|it| it.policy = text(MAX_NAME_BYTES + 1), "REQUEST_INVALID", "policy: 254 bytes given");
         let names = |count: usize| (0..count).map(|n| format!("n{n}.example.org")).collect();
         check(|it| it.dns_names = names(MAX_NAMES), "", "");

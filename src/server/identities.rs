@@ -16,13 +16,9 @@ use tokio::{
 use tonic::Code;
 use tracing::Instrument as _;
 
-use super::{
-    call::Call,
-    refusal::{Refusal, SIGNER_UNKNOWN_CODE},
-};
+use super::{call::Call, refusal::Refusal};
 use crate::{
-    attest::Workload,
-    hub::{Event, Hub, HubError, Live, Subscription},
+    hub::{Event, Following, Hub, HubError, Live, Subscription},
     policy::{self, Ask, Offer, PolicySet},
     spiffe::SpiffeId,
     x509::{Bundle, Names},
@@ -33,17 +29,17 @@ pub const MAX_IDENTITIES: usize = 100;
 /// How long after a failure a certificate is asked for again.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
-/// Of an identity at that place and of that name.
+/// Whether the identity at that place and of that name is meant.
 type Choice = Box<dyn Fn(usize, &str) -> bool + Send + Sync>;
 type Subscribing = Pin<Box<dyn Future<Output = Result<(Subscription, Live), HubError>> + Send>>;
 
 /// The identities of one workload, in order of policy name and then as offered; those without a SPIFFE ID come last.
 pub(super) struct Identities {
     hub: Hub,
-    workload: Arc<Workload>,
+    workload: Following,
     policies: watch::Receiver<Arc<PolicySet>>,
     offered: fn(&Offer) -> bool,
-    /// Whether its certificate is wanted.
+    /// Those whose certificates are wanted.
     wanted: Choice,
     list: Vec<Identity>,
 }
@@ -58,7 +54,8 @@ pub(super) struct Identity {
     pub(super) certificate: Certificate,
     ask: Ask,
     signer: String,
-    roots: watch::Receiver<Arc<Bundle>>,
+    /// `None` when the policy names a signer that is not there.
+    roots: Option<watch::Receiver<Arc<Bundle>>>,
 }
 
 /// Where the certificate of an identity stands.
@@ -91,7 +88,7 @@ impl Identities {
     ) -> Result<Self, Refusal> {
         let hub = call.engine.hub.clone();
         let policies = hub.watch_policies();
-        let workload = call.workload.clone();
+        let workload = hub.watch_workload(call.workload.clone());
         let mut identities = Self { hub, workload, policies, offered, wanted: Box::new(wanted), list: Vec::new() };
         identities.follow_policies()?;
         Ok(identities)
@@ -133,8 +130,8 @@ impl Identities {
     pub(super) fn bundles(&self) -> BTreeMap<&str, Vec<Arc<Bundle>>> {
         let mut bundles: BTreeMap<&str, Vec<Arc<Bundle>>> = BTreeMap::new();
         for identity in &self.list {
-            let Some(trust_domain) = &identity.trust_domain else { continue };
-            let (of_domain, roots) = (bundles.entry(trust_domain).or_default(), identity.roots());
+            let (Some(trust_domain), Some(roots)) = (&identity.trust_domain, identity.roots()) else { continue };
+            let of_domain = bundles.entry(trust_domain).or_default();
             if !of_domain.contains(&roots) {
                 of_domain.push(roots);
             }
@@ -145,12 +142,16 @@ impl Identities {
     /// Waits for the next change, and returns the trace of a new certificate. Cancel safe.
     ///
     /// # Errors
-    /// No policy offers anything any more.
+    /// No policy offers anything any more, or the pod is gone.
     pub(super) async fn changed(&mut self) -> Result<Option<SpanContext>, Refusal> {
         let changes = self.list.iter_mut().map(|identity| Box::pin(identity.changed()));
         let (change, at) = tokio::select! {
             biased;
             Ok(()) = self.policies.changed() => (Change::Other, None),
+            other = self.workload.changed() => {
+                other.map_err(|gone| Refusal::from(&gone))?;
+                (Change::Other, None)
+            }
             (change, at, _) = select_all(changes) => (change, Some(at)),
         };
         match (change, at) {
@@ -166,11 +167,11 @@ impl Identities {
     /// Takes in what the policies in force offer, and keeps what is at hand of it.
     fn follow_policies(&mut self) -> Result<(), Refusal> {
         let policies = self.policies.borrow_and_update().clone();
-        let mut offers = policy::offers(&policies, &self.workload);
+        let mut offers = policy::offers(&policies, self.workload.workload());
         offers.retain(self.offered);
         offers.sort_by_key(|offer| !is_spiffe(offer));
         if offers.len() > MAX_IDENTITIES {
-            let (workload, offers) = (&self.workload, offers.len());
+            let (workload, offers) = (self.workload.workload(), offers.len());
             tracing::warn!(%workload, offers, "policies offer more identities than {MAX_IDENTITIES}; the last are left out");
         }
         let mut before = mem::take(&mut self.list);
@@ -179,13 +180,13 @@ impl Identities {
             let at_hand = before.iter().position(|it| (&it.ask, it.signer.as_str()) == (&ask, signer));
             let mut identity = match at_hand {
                 Some(at) => before.swap_remove(at),
-                None => Identity::new(&self.hub, ask, signer)?,
+                None => Identity::new(&self.hub, ask, signer),
             };
             identity.hint = offer.hint;
             self.list.push(identity);
         }
         if self.list.is_empty() {
-            let denial = policy::nothing_offered(&policies, &self.workload);
+            let denial = policy::nothing_offered(&policies, self.workload.workload());
             return Err(Refusal::new(Code::PermissionDenied, denial.reason(), denial.to_string()));
         }
         self.ask_for_wanted();
@@ -200,7 +201,8 @@ impl Identities {
                 Certificate::Pending(_) | Certificate::Live(..) if wanted => {}
                 _ if !wanted => identity.certificate = Certificate::Unwanted,
                 _ => {
-                    let (hub, workload, ask) = (self.hub.clone(), self.workload.clone(), identity.ask.clone());
+                    let workload = self.workload.workload().clone();
+                    let (hub, ask) = (self.hub.clone(), identity.ask.clone());
                     let subscribed = async move {
                         let mut subscription = hub.subscribe(workload, ask, None).await?;
                         let live = subscription.first().await?;
@@ -223,31 +225,31 @@ fn spiffe_id(names: &Names) -> Option<SpiffeId> {
 }
 
 impl Identity {
-    fn new(hub: &Hub, ask: Ask, signer: &str) -> Result<Self, Refusal> {
-        let roots = hub.bundle(signer).ok_or_else(|| {
-            let message = format!("a policy names signer {signer:?}, which this agent does not have");
-            Refusal::new(SIGNER_UNKNOWN_CODE, "SIGNER_UNKNOWN", message)
-        })?;
-        if roots.borrow().is_empty() {
-            let message = format!("the roots of signer {signer:?} are not known yet; call again");
-            return Err(Refusal::new(Code::Unavailable, "TRUST_BUNDLE_MISSING", message));
-        }
+    fn new(hub: &Hub, ask: Ask, signer: &str) -> Self {
+        let roots = hub.bundle(signer);
         let spiffe_id = spiffe_id(&ask.names);
         let trust_domain = spiffe_id.as_ref().map(|id| id.trust_domain().to_owned());
         let name = spiffe_id.map(|id| id.as_str().to_owned());
         let name = name.or_else(|| ask.names.dns.first().map(ToString::to_string)).unwrap_or_default();
         let (hint, certificate, signer) = (String::new(), Certificate::Unwanted, signer.to_owned());
-        Ok(Self { name, trust_domain, hint, certificate, ask, signer, roots })
+        Self { name, trust_domain, hint, certificate, ask, signer, roots }
     }
 
     /// The roots of its signer, never older than its certificate.
-    pub(super) fn roots(&self) -> Arc<Bundle> {
-        self.roots.borrow().clone()
+    pub(super) fn roots(&self) -> Option<Arc<Bundle>> {
+        // None before they have been read the first time.
+        self.roots.as_ref().map(|roots| roots.borrow().clone()).filter(|roots| !roots.is_empty())
     }
 
     async fn changed(&mut self) -> Change {
+        let roots = async {
+            match &mut self.roots {
+                Some(roots) => roots.changed().await.is_ok(),
+                None => false,
+            }
+        };
         tokio::select! {
-            Ok(()) = self.roots.changed() => Change::Other,
+            true = roots => Change::Other,
             change = self.certificate.changed() => change,
         }
     }

@@ -19,7 +19,7 @@ use super::{
     Arrival, Engine,
     call::{Call, ended},
     identities::{self, Certificate, Identities, Identity},
-    refusal::Refusal,
+    refusal::{Refusal, SIGNER_UNKNOWN_CODE},
 };
 use crate::{
     metrics::{Counted, counted},
@@ -231,8 +231,14 @@ fn svids(identities: &Identities) -> Result<Option<X509svidResponse>, Refusal> {
     Ok(Some(X509svidResponse { svids, crl: Vec::new(), federated_bundles: HashMap::new() }))
 }
 
+/// The roots of every trust domain whose signer is there.
 fn bundles(identities: &Identities) -> Result<Option<X509BundlesResponse>, Refusal> {
-    Ok(Some(X509BundlesResponse { crl: Vec::new(), bundles: der_bundles(identities) }))
+    let bundles = der_bundles(identities);
+    if bundles.is_empty() {
+        let message = "policies name signers that this agent does not have";
+        return Err(Refusal::new(SIGNER_UNKNOWN_CODE, "SIGNER_UNKNOWN", message));
+    }
+    Ok(Some(X509BundlesResponse { crl: Vec::new(), bundles }))
 }
 
 /// The roots of each trust domain in concatenated DER.

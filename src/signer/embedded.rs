@@ -3,11 +3,14 @@
 //! The private key never leaves. A new root is in [`Sign::bundle`] before the first leaf from it, across restarts and
 //! crashes: on disk, a CA is announced first and activated later. When something cannot be read or written, the last good
 //! CA goes on signing and the error is reported. Signing itself does no I/O and no parsing of keys.
+//!
+//! The controller's CA is kept in a Secret instead of a folder; the rest is the same.
 
 mod authority;
 mod files;
 mod generations;
 mod leaf;
+mod secret;
 mod store;
 
 use std::{
@@ -17,6 +20,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use kube::Client;
 use tokio::{sync::watch, task::spawn_blocking};
 use tokio_util::sync::CancellationToken;
 
@@ -24,7 +28,8 @@ use self::{
     authority::Authority,
     files::Files,
     generations::{Generation, Generations, Step},
-    store::Store,
+    secret::Secret,
+    store::{Folder, Found, Kept, Store},
 };
 pub use self::{
     authority::{AuthorityError, BACKDATE},
@@ -42,7 +47,7 @@ pub const DEFAULT_CA_LIFETIME: Duration = Duration::from_secs(365 * 24 * 60 * 60
 pub const MIN_CA_LIFETIME: Duration = Duration::from_secs(60);
 /// The longest lifetime of a CA made here.
 pub const MAX_CA_LIFETIME: Duration = Duration::from_secs(20 * 365 * 24 * 60 * 60);
-/// How often the operator's files are looked at.
+/// How often the operator's files, or the Secret, are looked at.
 pub const RELOAD_INTERVAL: Duration = Duration::from_secs(10);
 /// The longest sleep without looking at the wall clock, which may jump.
 pub const MAX_SLEEP: Duration = Duration::from_secs(5 * 60);
@@ -101,24 +106,39 @@ impl Embedded {
         let mut generations = Generations::default();
         let source = match config {
             EmbeddedConfig::Made { state_dir, ca_lifetime } => {
-                let store = Store::open(&state_dir)?;
-                restore(&store, &mut generations, now)?;
-                Source::Made { store: Some(store), ca_lifetime }
+                let folder = Folder::open(&state_dir)?;
+                restore(folder.find()?, &mut generations, now)?;
+                Source::Made { store: Some(Store::Folder(folder)), ca_lifetime }
             }
             EmbeddedConfig::Given { certificate, key, chain } => Source::Given(Files::new(certificate, key, chain)),
         };
-        Self::start(source, generations, clock, metrics)
+        Self::start(source, generations, clock.clone(), metrics)
+    }
+
+    /// Opens the CA in a Secret, making both if they are not there yet.
+    pub async fn open_secret(
+        client: Client,
+        namespace: &str,
+        name: &str,
+        ca_lifetime: Duration,
+        clock: &Clock,
+        metrics: SignerMetrics,
+    ) -> Result<Self, EmbeddedError> {
+        let store = Some(Store::Secret(Box::new(Secret::new(client, namespace, name))));
+        let clock = clock.clone();
+        let start = move || Self::start(Source::Made { store, ca_lifetime }, Generations::default(), clock, metrics);
+        spawn_blocking(start).await.unwrap_or(Err(EmbeddedError::Interrupted))
     }
 
     /// A CA that ends with the process, for demonstrations and tests.
     pub fn ephemeral(ca_lifetime: Duration, clock: &Clock, metrics: SignerMetrics) -> Result<Self, EmbeddedError> {
-        Self::start(Source::Made { store: None, ca_lifetime }, Generations::default(), clock, metrics)
+        Self::start(Source::Made { store: None, ca_lifetime }, Generations::default(), clock.clone(), metrics)
     }
 
     fn start(
         mut source: Source,
         mut generations: Generations,
-        clock: &Clock,
+        clock: Clock,
         metrics: SignerMetrics,
     ) -> Result<Self, EmbeddedError> {
         let now = clock.now();
@@ -127,14 +147,22 @@ impl Embedded {
         {
             return Err(EmbeddedError::Lifetime { lifetime: ca_lifetime });
         }
-        while source.advance(&mut generations, now)? {}
+        loop {
+            match source.advance(&mut generations, now) {
+                Ok(true) => {}
+                Ok(false) => break,
+                // Another replica was faster; what it did is read next.
+                Err(EmbeddedError::SecretChanged { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
         let bundle = Arc::new(Bundle::new(generations.roots(now)).map_err(AuthorityError::from)?);
         let embedded = Self {
-            clock: clock.clone(),
+            clock,
             metrics,
             interval: match source {
+                Source::Made { store: Some(Store::Secret(_)), .. } | Source::Given(_) => RELOAD_INTERVAL,
                 Source::Made { .. } => MAX_SLEEP,
-                Source::Given(_) => RELOAD_INTERVAL,
             },
             source: Mutex::new(source),
             generations: RwLock::new(Arc::new(generations)),
@@ -234,8 +262,13 @@ impl Source {
     fn advance(&mut self, generations: &mut Generations, now: SystemTime) -> Result<bool, EmbeddedError> {
         let (store, ca_lifetime, step) = match self {
             Self::Made { store, ca_lifetime } => {
+                if let Some(found) = store.as_mut().map(Store::changed).transpose()?.flatten() {
+                    let mut read = Generations::default();
+                    restore(found, &mut read, now)?;
+                    *generations = read;
+                }
                 let step = generations.due(now).or_else(|| generations.succession(now));
-                (store.as_ref(), *ca_lifetime, step)
+                (store.as_mut(), *ca_lifetime, step)
             }
             Self::Given(files) => {
                 // What is due comes first, so that it does not wait for files that cannot be read.
@@ -259,8 +292,8 @@ impl Source {
                 tracing::info!(number, "CA made; its root is in the trust bundle from now on");
             }
             Some(Step::Activate(number)) => {
-                if let Some(store) = store {
-                    store.activate(number)?;
+                if let (Some(store), Some(next)) = (store, generations.next()) {
+                    store.activate(number, &next.to_pem())?;
                 }
                 generations.activate();
                 tracing::info!(number, "CA signs from now on");
@@ -278,20 +311,18 @@ impl Source {
     }
 }
 
-/// Reads what an earlier process left.
-fn restore(store: &Store, generations: &mut Generations, now: SystemTime) -> Result<(), EmbeddedError> {
-    let read = |(number, path): (u64, PathBuf)| {
-        let text = store::read_secret(&path)?;
-        let authority = Authority::from_pem(&text, &text, &[]);
+/// Reads what an earlier process, or another replica, left.
+fn restore(found: Found, generations: &mut Generations, now: SystemTime) -> Result<(), EmbeddedError> {
+    let read = |Kept { number, path, pem }: Kept| {
+        let authority = Authority::from_pem(&pem, &pem, &[]);
         let authority = authority.map_err(|source| EmbeddedError::Authority { path, source })?;
         Ok::<_, EmbeddedError>(Generation { number, authority })
     };
-    let found = store.find()?;
-    for file in found.activated {
-        generations.restore(read(file)?);
+    for kept in found.activated {
+        generations.restore(read(kept)?);
     }
-    if let Some(file) = found.next {
-        generations.announce(read(file)?, SETTLE, now);
+    if let Some(kept) = found.next {
+        generations.announce(read(kept)?, SETTLE, now);
     }
     Ok(())
 }
@@ -363,6 +394,44 @@ pub enum EmbeddedError {
         /// Why not.
         source: AuthorityError,
     },
+    /// The API server said no.
+    #[error("cannot {action} the Secret {}", secret.display())]
+    Secret {
+        /// What was tried.
+        action: &'static str,
+        /// Namespace and name.
+        secret: PathBuf,
+        /// Why not.
+        source: Box<kube::Error>,
+    },
+    /// The API server did not answer.
+    #[error("cannot {action} the Secret {}: no answer within {} s", secret.display(), within.as_secs())]
+    SecretTimeout {
+        /// What was tried.
+        action: &'static str,
+        /// Namespace and name.
+        secret: PathBuf,
+        /// How long it had.
+        within: Duration,
+    },
+    /// Somebody else wrote it first.
+    #[error("the Secret {} was changed by another at the same time; it is read again", secret.display())]
+    SecretChanged {
+        /// Namespace and name.
+        secret: PathBuf,
+    },
+    /// Somebody deleted it.
+    #[error(
+        "the Secret {} is gone, and the CA it held signs on: put it back, or restart the controller to have a new CA",
+        secret.display()
+    )]
+    SecretGone {
+        /// Namespace and name.
+        secret: PathBuf,
+    },
+    /// The process is stopping.
+    #[error("opening the CA was interrupted")]
+    Interrupted,
     /// A CA could not be made.
     #[error("cannot make a CA")]
     Make(#[from] AuthorityError),

@@ -101,6 +101,18 @@ pub fn deliver_span(issuance: Option<&SpanContext>) -> Span {
     span
 }
 
+/// The span of a controller's verdict, within the trace of the issuance that its request names as `traceparent`.
+pub fn verdict_span(traceparent: Option<&str>) -> Span {
+    let span = tracing::debug_span!(parent: None, "verdict", csrd.reason = Empty);
+    if !span.is_disabled()
+        && let Some(issuance) = traceparent.and_then(|text| parse_traceparent(text, TraceState::default()))
+    {
+        // Fails only for a span that is disabled.
+        let _ = span.set_parent(Context::new().with_remote_span_context(issuance));
+    }
+    span
+}
+
 /// Records how the call of a [`rpc_span`] or [`call_span`] ended: its gRPC status code, and our own reason if it failed.
 pub fn record_status(span: &Span, code: i32, reason: &'static str) {
     if span.is_disabled() {

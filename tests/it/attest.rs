@@ -20,6 +20,7 @@ use base64::Engine as _;
 use csrd::{
     attest::{AttestError, Attestor, Caller, Capabilities, Peer, PeerStream, prepare_listener},
     metrics::Metrics,
+    proto::envoy::service::discovery::v3::DiscoveryRequest,
 };
 use prost::Message as _;
 use rustix::{
@@ -109,7 +110,16 @@ async fn a_caller_that_execs_is_another_workload_on_the_same_connection() {
 
 #[tokio::test]
 async fn a_caller_that_execs_gets_nothing_more_on_the_stream_it_opened() {
-    let agent = Agent::start(&policy()).await;
+    let subscribe = follow(lasting(2, ask("a.example.org"))).encode_to_vec();
+    nothing_more_after_exec("/csrd.v1.CertificateService/Subscribe", subscribe).await;
+    nothing_more_after_exec("/SpiffeWorkloadAPI/FetchX509SVID", Vec::new()).await;
+    let default = DiscoveryRequest { resource_names: vec!["default".into()], ..Default::default() };
+    let secrets = "/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets";
+    nothing_more_after_exec(secrets, default.encode_to_vec()).await;
+}
+
+async fn nothing_more_after_exec(path: &str, message: Vec<u8>) {
+    let agent = Agent::start(&policy().replace("default: 1h", "default: 2s")).await;
     let mut actor = Actor::start();
     let meeting = agent.path("meeting");
     let listener = StdListener::bind(&meeting).unwrap();
@@ -120,14 +130,14 @@ async fn a_caller_that_execs_gets_nothing_more_on_the_stream_it_opened() {
     stream.set_nonblocking(true).unwrap();
     let mut client = RawClient::new(UnixStream::from_std(stream).unwrap());
 
-    let message = follow(lasting(2, ask("a.example.org"))).encode_to_vec();
     let block = [
         indexed(3),
         indexed(6),
-        field(":path", "/csrd.v1.CertificateService/Subscribe"),
+        field(":path", path),
         field(":authority", "localhost"),
         field("te", "trailers"),
         field("content-type", "application/grpc"),
+        field("workload.spiffe.io", "true"),
     ];
     let prefix = [&[0][..], &(message.len() as u32).to_be_bytes()].concat();
     let body = frame(DATA, END_STREAM, 1, &[prefix, message].concat());

@@ -1,6 +1,6 @@
 //! A real Kubernetes control plane for tests: etcd, API server and controller manager as processes of their own, from one
 //! Go binary that is built on first use. Needs Go and no root. `CSRD_TEST_CLUSTER=off` leaves these tests out, and each
-//! says so.
+//! says so; `CSRD_TEST_KUBERNETES=1.35` runs them against an older release than the newest.
 //!
 //! A test begins with
 //!
@@ -26,6 +26,7 @@
 //!   kubelet projects. It is good as long as the pod is there.
 //! - [`FaultProxy`] stands before the API server and fails as it is told; [`ControlPlane::kill`] and
 //!   [`ControlPlane::restart`] are for the real thing. [`Options::slow_etcd`] puts a link before etcd that can be slow.
+//! - Tests that need a kubelet and containers use [`RealNode`]: see `cluster/node.rs`.
 //! - Everything ends with the test binary, however that ends: see `cluster/processes.rs`. [`ControlPlane::log`] has what a
 //!   component wrote.
 
@@ -36,6 +37,7 @@ mod access;
 mod binary;
 mod facts;
 mod fault_proxy;
+mod node;
 mod objects;
 mod pki;
 mod processes;
@@ -44,7 +46,7 @@ mod slow_link;
 
 use std::{
     io::Write as _,
-    net::Ipv4Addr,
+    net::{Ipv4Addr, SocketAddrV4},
     path::{Path, PathBuf},
     process::{Command, Output},
     sync::atomic::{AtomicU32, Ordering},
@@ -52,11 +54,15 @@ use std::{
 };
 
 use kube::Client;
-use tokio::{sync::OnceCell, time::sleep};
+use tokio::{
+    sync::OnceCell,
+    time::{sleep, timeout},
+};
 
 pub(crate) use self::{
     access::{Access, Identity},
     fault_proxy::{Fault, FaultProxy},
+    node::{CSRD_IMAGE, RealNode, SHELL_IMAGE},
 };
 use self::{
     pki::{Leaf, Pki},
@@ -66,6 +72,9 @@ use self::{
 
 /// Set to `off`, it leaves the tests out that need a control plane.
 const SWITCH: &str = "CSRD_TEST_CLUSTER";
+
+/// An older Kubernetes to test with, as `1.35`; `tests/cluster/build` knows which there are.
+const MINOR: &str = "CSRD_TEST_KUBERNETES";
 
 /// Far above what a start takes, for a machine under load.
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -88,6 +97,10 @@ pub(crate) struct Options {
     pub(crate) scheduler: bool,
     /// Whether [`ControlPlane::etcd_link`] is there.
     pub(crate) slow_etcd: bool,
+    /// Whether nodes are watched, and lost when they fall silent.
+    pub(crate) node_lifecycle: bool,
+    /// Where the API server listens, if not on the control plane's own loopback address.
+    pub(crate) api: Option<SocketAddrV4>,
 }
 
 /// A process of the control plane.
@@ -115,7 +128,9 @@ impl Part {
 pub(crate) struct ControlPlane {
     binary: PathBuf,
     options: Options,
+    /// On the loopback interface, of this control plane alone.
     address: Ipv4Addr,
+    api: SocketAddrV4,
     processes: Processes,
     pki: Pki,
     /// The straight way to the API server.
@@ -149,9 +164,10 @@ impl ControlPlane {
         let [a, b, c] = [rand::random_range(1..=254), rand::random(), rand::random_range(1..=254)];
         let address = Ipv4Addr::new(127, a, b, c);
         let processes = Processes::new();
-        let pki = Pki::write(&processes.folder().join("pki"), address);
+        let api = options.api.unwrap_or(SocketAddrV4::new(address, API_PORT));
+        let pki = Pki::write(&processes.folder().join("pki"), *api.ip());
         let access = Access {
-            url: format!("https://{address}:{API_PORT}"),
+            url: format!("https://{api}"),
             ca_certificate: pki.ca_certificate(),
             folder: processes.folder().to_owned(),
         };
@@ -159,7 +175,7 @@ impl ControlPlane {
             true => Some(SlowLink::start(address, SLOW_ETCD_PORT, ETCD_PORT).await),
             false => None,
         };
-        let plane = Self { binary, options, address, processes, pki, access, etcd_link };
+        let plane = Self { binary, options, address, api, processes, pki, access, etcd_link };
         plane.write_kubeconfig("admin", &plane.admin_identity());
         for part in [Part::Controllers, Part::Scheduler] {
             plane.write_kubeconfig(part.role(), &plane.user(&format!("system:{}", part.role()), None));
@@ -192,7 +208,7 @@ impl ControlPlane {
                 sleep(POLL).await;
             }
         };
-        tokio::time::timeout(PATIENCE, ready).await.unwrap_or_else(|_| Err("the API server is not ready".into()))
+        timeout(PATIENCE, ready).await.unwrap_or_else(|_| Err("the API server is not ready".into()))
     }
 
     /// Ends a part as a crash would.
@@ -226,9 +242,9 @@ impl ControlPlane {
         let (address, etcd) = (self.address, if self.etcd_link.is_some() { SLOW_ETCD_PORT } else { ETCD_PORT });
         let mut flags = vec![
             format!("--etcd-servers=http://{address}:{etcd}"),
-            format!("--bind-address={address}"),
-            format!("--advertise-address={address}"),
-            format!("--secure-port={API_PORT}"),
+            format!("--bind-address={}", self.api.ip()),
+            format!("--advertise-address={}", self.api.ip()),
+            format!("--secure-port={}", self.api.port()),
         ];
         flags.extend(
             [
@@ -237,6 +253,7 @@ impl ControlPlane {
                 "--client-ca-file=pki/ca.crt",
                 "--kubelet-client-certificate=pki/kubelet-client.crt",
                 "--kubelet-client-key=pki/kubelet-client.key",
+                "--kubelet-certificate-authority=pki/ca.crt",
                 "--kubelet-preferred-address-types=InternalIP",
                 "--service-account-key-file=pki/tokens.pub",
                 "--service-account-signing-key-file=pki/tokens.key",
@@ -262,12 +279,14 @@ impl ControlPlane {
                 "--cluster-signing-key-file=pki/ca.key",
                 "--root-ca-file=pki/ca.crt",
                 "--service-account-private-key-file=pki/tokens.key",
-                "--controllers=*,-node-lifecycle-controller",
                 "--kube-api-qps=2000",
                 "--kube-api-burst=4000",
             ]
             .map(String::from),
         );
+        if !self.options.node_lifecycle {
+            flags.push("--controllers=*,-node-lifecycle-controller".into());
+        }
         flags.extend(self.options.controllers.iter().cloned());
         flags
     }
@@ -343,6 +362,23 @@ impl ControlPlane {
 pub(crate) fn unique(name: &str) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     format!("{name}-{}-{:04x}", NEXT.fetch_add(1, Ordering::Relaxed), std::process::id() & 0xffff)
+}
+
+/// What `look` finds, looked for until it is there.
+///
+/// # Panics
+///
+/// If it is not there after [`PATIENCE`]: `what` should have happened.
+pub(crate) async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
+    let found = async {
+        loop {
+            if let Some(found) = look().await {
+                return found;
+            }
+            sleep(POLL).await;
+        }
+    };
+    timeout(PATIENCE, found).await.unwrap_or_else(|_| panic!("never seen: {what}"))
 }
 
 /// Whether the tests with a control plane are left out; says so, with the name of the test.

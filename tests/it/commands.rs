@@ -45,3 +45,11 @@ fn a_policy_check_ends_with_what_was_decided() {
     check(&bad, "--uid 1000", 64, "bad.yaml:8: spec.allow.dnsName");
     check(&folder.path().join("none"), "--uid 1000", 64, "none");
 }
+
+#[test]
+fn the_definition_in_deploy_is_the_one_that_is_printed() {
+    let printed = csrd(&["crd"]);
+    assert!(printed.status.success(), "{printed:?}");
+    let kept = include_str!("../../deploy/kubernetes/base/crd.yaml");
+    assert!(String::from_utf8(printed.stdout).unwrap() == kept, "csrd crd > deploy/kubernetes/base/crd.yaml");
+}

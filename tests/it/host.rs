@@ -12,9 +12,10 @@ use std::{
 use csrd::{
     attest::{Attestor, Caller, Workload},
     clock::Clock,
-    hub::{self, Hub, Rate},
+    hub::{self, Hub},
     metrics::Metrics,
     policy::{EMBEDDED, PolicySet, Source},
+    rate::Rate,
     server::{Engine, Limits, Server},
     signer::{Sign, SignError, Signing, SigningRequest, embedded},
     x509::Bundle,

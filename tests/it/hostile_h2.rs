@@ -7,10 +7,11 @@ use std::{num::NonZeroU32, sync::Arc, time::Duration, time::SystemTime};
 use csrd::{
     attest::{Attestor, Caller, Workload, prepare_listener},
     clock::Clock,
-    hub::{self, Hub, Rate},
+    hub::{self, Hub},
     metrics::Metrics,
     policy::PolicySet,
     proto::v1::{WatchTrustBundleRequest, WhoAmIRequest, certificate_service_client::CertificateServiceClient},
+    rate::Rate,
     server::{
         Engine, FIRST_REQUEST_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, Limits, MAX_HEADER_BYTES,
         MAX_REQUEST_BYTES, MAX_STREAMS_PER_CONNECTION, MAX_UNSENT_BYTES, REQUEST_BODY_TIMEOUT, Server, WINDOW_BYTES,
@@ -249,7 +250,7 @@ async fn of_a_stream_that_its_client_does_not_read_no_more_is_held_than_the_boun
     ca.add_root_of(&other);
     let both = ca.roots.borrow().clone();
     let mut offered = 0;
-    while offered < usize::try_from(u16::MAX).unwrap() - both.pem().len() {
+    while offered < usize::from(u16::MAX) - both.pem().len() {
         let roots = if *ca.roots.borrow() == both { &one } else { &both };
         offered += roots.pem().len();
         ca.roots.send_replace(roots.clone());

@@ -89,6 +89,9 @@ fn stdout_carries_what_was_asked_for_by_name() {
     assert!(secret.contains("kind: Secret") && secret.contains("namespace: \"production\""), "{secret}");
     let left = fs::read_dir(place.path("")).unwrap().count();
     assert_eq!(left, 1, "only the socket: nothing was written to disk");
+    fs::write(place.path("cluster.crt"), "-----BEGIN CERTIFICATE-----\nroots").unwrap();
+    let config = issue(&["-o", "kubeconfig", "--server", "https://10.0.0.1:6443", "--server-ca", "cluster.crt"]);
+    assert!(config.contains("server: \"https://10.0.0.1:6443\"") && config.contains("client-key-data: "), "{config}");
 }
 
 #[test]
@@ -170,11 +173,21 @@ fn an_end_has_its_exit_code() {
     check(None, &["issue", "--csr", "x", "--cn", "web"], 64, "cannot be used with");
     check(None, &["issue", "--csr", "x", "--combined", "y"], 64, "cannot be used with");
     check(None, &["issue", "--csr", "/nonexistent"], 64, "--csr /nonexistent: cannot be read: No such file");
-    check(None, &["issue", "--csr", "s", "-o", "secret", "--name", "web"], 64, "-o secret needs the private key");
+    check(
+        None,
+        &["issue", "--csr", "s", "-o", "secret", "--name", "web"],
+        64,
+        "-o secret and -o kubeconfig need the private key",
+    );
     check(None, &["issue", "-o", "secret"], 64, "--name");
     check(None, &["issue", "-o", "secret", "--name", "Web"], 64, "must be 1 to 253");
     check(None, &["issue", "--name", "web"], 64, "--name is for -o secret");
     check(None, &["issue", "--namespace", "prod"], 64, "--name");
+    check(None, &["issue", "-o", "kubeconfig"], 64, "--server");
+    check(None, &["issue", "-o", "kubeconfig", "--server", "http://10.0.0.1"], 64, "must be the API server's address");
+    check(None, &["issue", "--server", "https://10.0.0.1"], 64, "--server is for -o kubeconfig");
+    let absent = ["issue", "-o", "kubeconfig", "--server", "https://a", "--server-ca", "/nonexistent"];
+    check(None, &absent, 64, "--server-ca /nonexistent: it cannot be read");
     check(None, &["nonsense"], 64, "unrecognized subcommand");
     check(None, &[], 64, "Usage: csrd <COMMAND>");
     check(None, &["--version"], 0, "");

@@ -36,7 +36,7 @@ const WEB: &str = "spiffe://example.org/web";
 const DB: &str = "spiffe://example.org/db";
 
 fn web_and_db() -> String {
-    policy("web", NAME, &[&id("web"), &id("db"), "dnsNames: [plain.example.org]"])
+    policy("web", NAME, &["dnsNames: [plain.example.org]", &id("web"), &id("db")])
 }
 
 struct Scene {

@@ -7,3 +7,6 @@ mod cleaning;
 mod failures;
 mod rig;
 mod signing;
+pub(crate) fn rig_grant() -> csrd::policy::Grant {
+    rig::grant(rig::client_auth(), 3600)
+}

@@ -3,12 +3,12 @@
 use std::{fmt::Debug, num::NonZeroU32, sync::atomic::Ordering, time::Duration};
 
 use csrd::{
-    hub::Rate,
     proto::spiffe::{
         JwtBundlesRequest, JwtsvidRequest, ValidateJwtsvidRequest, WitBundlesRequest, WitsvidRequest,
         X509BundlesRequest, X509BundlesResponse, X509svidRequest, X509svidResponse,
         spiffe_workload_api_client::SpiffeWorkloadApiClient,
     },
+    rate::Rate,
     server::{Limits, MAX_IDENTITIES},
     signer::embedded::NAME,
     x509::PrivateKey,
@@ -21,6 +21,7 @@ use crate::{
     host::{Host, Signer, UID},
 };
 
+const OTHER: &str = "example.org/other";
 pub(crate) const TD: &str = "spiffe://example.org";
 /// Far above any timer of the agent's; paused time costs nothing.
 pub(crate) const NEVER: Duration = Duration::from_secs(24 * 3600);
@@ -32,7 +33,7 @@ pub(crate) fn policy(name: &str, signer: &str, offers: &[&str]) -> String {
     format!(
         "apiVersion: csrd.dev/v1alpha1\nkind: CertificatePolicy\nmetadata: {{name: {name}}}\nspec:\n  \
          match: {{unix: {{uids: [{UID}]}}}}\n  signer: {signer}\n  \
-         allow: {{lifetime: {{min: 1m, default: 1h, max: 24h}}}}\n{offers}---\n"
+         allow: {{lifetime: {{min: 10m, default: 1h, max: 24h}}}}\n{offers}---\n"
     )
 }
 
@@ -300,9 +301,9 @@ async fn a_right_that_comes_back_before_anybody_looks_ends_nothing() {
 
 #[tokio::test(start_paused = true)]
 async fn an_identity_whose_signer_fails_holds_up_no_other_and_joins_when_it_can() {
-    let (ca, other) = (Signer::new(NAME, Duration::ZERO), Signer::new("other", Duration::ZERO));
+    let (ca, other) = (Signer::new(NAME, Duration::ZERO), Signer::new(OTHER, Duration::ZERO));
     other.down.store(true, Ordering::Relaxed);
-    let policies = policy("a", NAME, &[&id("a")]) + &policy("b", "other", &[&id("b")]);
+    let policies = policy("a", NAME, &[&id("a")]) + &policy("b", OTHER, &[&id("b")]);
     let mut scene = Scene::of(Host::new(&policies, &[ca.clone(), other.clone()], Limits::default())).await;
     let mut svids = scene.svids().await.unwrap();
     assert_eq!(ids(&next(&mut svids).await), ["/a"]);
@@ -316,9 +317,9 @@ async fn an_identity_whose_signer_fails_holds_up_no_other_and_joins_when_it_can(
 
 #[tokio::test(start_paused = true)]
 async fn nothing_takes_the_place_of_the_default_identity() {
-    let (ca, other) = (Signer::new(NAME, Duration::ZERO), Signer::new("other", Duration::ZERO));
+    let (ca, other) = (Signer::new(NAME, Duration::ZERO), Signer::new(OTHER, Duration::ZERO));
     ca.down.store(true, Ordering::Relaxed);
-    let policies = policy("a", NAME, &[&id("a")]) + &policy("b", "other", &[&id("b")]);
+    let policies = policy("a", NAME, &[&id("a")]) + &policy("b", OTHER, &[&id("b")]);
     let mut scene = Scene::of(Host::new(&policies, &[ca.clone(), other], Limits::default())).await;
     let status = end(&mut scene.svids().await.unwrap()).await;
     assert_eq!((status.code(), reason(&status).as_str()), (Code::Unavailable, "CA_NOT_VALID"));
@@ -329,9 +330,9 @@ async fn nothing_takes_the_place_of_the_default_identity() {
 
 #[tokio::test(start_paused = true)]
 async fn what_has_expired_is_told_to_nobody() {
-    for (down, left) in [("other", Some("/a")), (NAME, None)] {
-        let signers = [Signer::new(NAME, Duration::ZERO), Signer::new("other", Duration::ZERO)];
-        let policies = policy("a", NAME, &[&id("a")]) + &policy("b", "other", &[&id("b")]);
+    for (down, left) in [(OTHER, Some("/a")), (NAME, None)] {
+        let signers = [Signer::new(NAME, Duration::ZERO), Signer::new(OTHER, Duration::ZERO)];
+        let policies = policy("a", NAME, &[&id("a")]) + &policy("b", OTHER, &[&id("b")]);
         let mut scene = Scene::of(Host::new(&policies, &signers, Limits::default())).await;
         let mut svids = scene.svids().await.unwrap();
         assert_eq!(ids(&next(&mut svids).await), ["/a", "/b"]);
@@ -356,9 +357,14 @@ async fn what_has_expired_is_told_to_nobody() {
 
 #[tokio::test(start_paused = true)]
 async fn what_may_pass_by_itself_is_unavailable() {
-    let mut unknown = Scene::new(&policy("a", "nobody", &[&id("a")])).await;
-    let status = unknown.refused().await;
-    assert_eq!((status.code(), reason(&status).as_str()), (Code::Unavailable, "SIGNER_UNKNOWN"));
+    let mut unknown = Scene::new(&policy("a", "example.org/nobody", &[&id("a")])).await;
+    let (mut svids, mut bundles) = (unknown.svids().await.unwrap(), unknown.bundles().await.unwrap());
+    for status in [end(&mut svids).await, end(&mut bundles).await] {
+        assert_eq!((status.code(), reason(&status).as_str()), (Code::Unavailable, "SIGNER_UNKNOWN"));
+    }
+    let known = policy("0", NAME, &[&id("known")]) + &policy("a", "example.org/nobody", &[&id("a")]);
+    let mut beside = Scene::new(&known).await;
+    assert_eq!(ids(&next(&mut beside.svids().await.unwrap()).await), ["/known"]);
 
     let one = Rate { per_second: NonZeroU32::MIN, burst: NonZeroU32::MIN };
     let ca = Signer::new(NAME, Duration::ZERO);

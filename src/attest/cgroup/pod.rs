@@ -52,21 +52,26 @@ impl View {
         Self { own, host }
     }
 
-    /// Where a process is by the text of its `/proc/PID/cgroup`. Runtimes place a container in every hierarchy they
-    /// use, and not always in all, so one that names a pod is enough; none may name another.
+    /// Where a process is by the text of its `/proc/PID/cgroup`. Runtimes place a container in the hierarchies that they
+    /// use, so one that names a pod is enough, and none may name another. In one that they do not use, the agent itself
+    /// is where everybody is, so only all of them together say that a process is in the agent's own pod.
     pub(in crate::attest) fn place(&self, text: &str) -> Result<Place, AttestError> {
-        let mut found = (Place::Host, "");
+        let (mut found, mut own): (Option<(InPod, &str)>, _) = (None, true);
         for (hierarchy, path) in lines(text) {
-            let place = self.place_in(hierarchy, path)?;
-            if place == Place::Host || place == found.0 {
-                continue;
+            match (self.place_in(hierarchy, path)?, &found) {
+                (Place::Pod(pod), None) => found = Some((pod, path)),
+                (Place::Pod(pod), Some((other, at))) if pod != *other => {
+                    return Err(AttestError::CgroupsDisagree { one: (*at).to_owned(), other: path.to_owned() });
+                }
+                (Place::Host, _) => own = false,
+                (Place::Pod(_) | Place::Own, _) => {}
             }
-            if found.0 != Place::Host {
-                return Err(AttestError::CgroupsDisagree { one: found.1.to_owned(), other: path.to_owned() });
-            }
-            found = (place, path);
         }
-        Ok(found.0)
+        Ok(match found {
+            Some((pod, _)) => Place::Pod(pod),
+            None if own && lines(text).next().is_some() => Place::Own,
+            None => Place::Host,
+        })
     }
 
     fn place_in(&self, hierarchy: &str, path: &str) -> Result<Place, AttestError> {
@@ -266,6 +271,9 @@ mod tests {
         ] {
             assert_eq!(place(&container(), &format!("0::{path}\n")), pod(uid), "{path}");
         }
+        let unused = format!("4:misc:/\n0::/../../pod{UID}/{ID}\n");
+        assert_eq!(place(&container(), &unused), pod(UID), "nobody is placed in the other hierarchy");
+        assert_eq!(place(&container(), "4:misc:/\n0::/../../../../user.slice\n"), Some(Place::Host));
         for path in ["/", "/sub", &format!("/../{ID}"), &format!("/../cri-containerd-{ID}.scope/sub")] {
             assert_eq!(place(&container(), &format!("0::{path}\n")), Some(Place::Own), "{path}");
         }

@@ -287,3 +287,258 @@ impl Told {
         }
     }
 }
+
+#[cfg(any(test, feature = "testing"))]
+impl Reported {
+    /// A pod with these facts, running, of which no container is known.
+    pub(super) fn live(facts: PodFacts) -> Self {
+        let uid = facts.uid.clone();
+        Self { uid, live: Some(Live { facts, containers: Vec::new(), mirrors: None, ends: None }) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::attest::pods::services::{read_service, read_slice};
+
+    const NOW: SystemTime = SystemTime::UNIX_EPOCH;
+
+    /// A pod as the API server writes it, with `more` put over it.
+    fn pod(uid: &str, labels: Value, more: Value) -> Reported {
+        let mut pod = json!({
+            "metadata": {"namespace": "shop", "name": "web", "uid": uid, "labels": labels},
+            "spec": {"nodeName": "n1", "serviceAccountName": "web", "containers": []},
+            "status": {"phase": "Running", "podIPs": [{"ip": "10.0.0.7"}, {"ip": "fd00::7"}]},
+        });
+        merge(&mut pod, more);
+        read_pod(serde_json::from_value(pod).unwrap())
+    }
+
+    fn merge(into: &mut Value, more: Value) {
+        match (into, more) {
+            (Value::Object(into), Value::Object(more)) => {
+                for (key, value) in more {
+                    merge(into.entry(key).or_insert(Value::Null), value);
+                }
+            }
+            (into, more) => *into = more,
+        }
+    }
+
+    fn with_containers(ids: &[&str]) -> Value {
+        let statuses: Vec<Value> = ids
+            .iter()
+            .map(|id| {
+                json!({"containerID": format!("containerd://{id}"), "name": id, "image": "", "imageID": "",
+                "ready": true, "restartCount": 0})
+            })
+            .collect();
+        json!({"status": {"containerStatuses": statuses}})
+    }
+
+    fn labels(labels: Value) -> BTreeMap<String, String> {
+        serde_json::from_value(labels).unwrap()
+    }
+
+    /// Everything has been listed: the namespace `shop` and these pods.
+    fn listed(pods: Vec<Reported>) -> State {
+        let mut state = State::default();
+        state.want_services(false);
+        state.namespaces(Change::All(vec![("shop".to_owned(), labels(json!({"tier": "gold"})))]));
+        state.pods(Change::All(pods));
+        state
+    }
+
+    fn process(uid: &str, container: &str) -> InPod {
+        InPod { uid: uid.to_owned(), container: container.to_owned() }
+    }
+
+    fn found(state: &State, uid: &str, container: &str) -> Option<String> {
+        match state.of_process(&process(uid, container), NOW) {
+            Found::Live(workload) => Some(workload.pod().unwrap().uid.clone()),
+            Found::Contradiction => Some("contradiction".to_owned()),
+            Found::Nothing => None,
+        }
+    }
+
+    #[test]
+    fn a_pod_is_what_the_api_server_says_of_it() {
+        let state = listed(vec![pod("u1", json!({"app": "web"}), json!({}))]);
+        let workload = state.by_uid("u1", NOW).unwrap();
+        let expected = PodFacts {
+            namespace: "shop".to_owned(),
+            name: "web".to_owned(),
+            uid: "u1".to_owned(),
+            service_account: "web".to_owned(),
+            node: "n1".to_owned(),
+            labels: labels(json!({"app": "web"})),
+            namespace_labels: labels(json!({"tier": "gold"})),
+            ips: vec!["10.0.0.7".parse().unwrap(), "fd00::7".parse().unwrap()],
+            services: Default::default(),
+        };
+        assert_eq!(workload.pod(), Some(&expected));
+    }
+
+    #[test]
+    fn in_the_hosts_network_a_pod_has_no_address_of_its_own() {
+        let state = listed(vec![pod("u1", json!({}), json!({"spec": {"hostNetwork": true}}))]);
+        assert!(state.by_uid("u1", NOW).unwrap().pod().unwrap().ips.is_empty());
+    }
+
+    #[test]
+    fn nothing_is_told_before_all_has_been_listed() {
+        let mut state = State::default();
+        assert_eq!(state.ready().unwrap_err(), "policies have not been read yet");
+        state.want_services(false);
+        state.pods(Change::All(vec![pod("u1", json!({}), json!({}))]));
+        assert!(state.by_uid("u1", NOW).is_none(), "its namespace is not known");
+        state.namespaces(Change::Silent("namespaces is forbidden".to_owned()));
+        assert_eq!(state.ready().unwrap_err(), "namespaces cannot be listed: namespaces is forbidden");
+        assert!(state.namespaces(Change::All(vec![("shop".to_owned(), BTreeMap::new())])), "those who wait are told");
+        assert!(state.by_uid("u1", NOW).is_some() && state.synced());
+        state.pods(Change::Silent("connection refused".to_owned()));
+        assert!(state.by_uid("u1", NOW).is_some() && state.synced(), "what is known stays");
+    }
+
+    #[test]
+    fn a_pod_that_has_ended_or_is_on_no_node_is_not_live() {
+        for more in [
+            json!({"status": {"phase": "Succeeded"}}),
+            json!({"status": {"phase": "Failed"}}),
+            json!({"spec": {"nodeName": null}}),
+        ] {
+            let mut state = listed(vec![pod("u1", json!({}), more.clone())]);
+            assert!(state.by_uid("u1", NOW).is_none(), "{more}");
+            assert!(state.pods(Change::Put(pod("u1", json!({}), json!({})))));
+            assert!(state.by_uid("u1", NOW).is_some());
+            assert!(state.pods(Change::Put(pod("u1", json!({}), more.clone()))), "{more} is news");
+            assert!(state.by_uid("u1", NOW).is_none(), "{more}");
+        }
+    }
+
+    #[test]
+    fn a_pod_that_is_being_deleted_is_live_until_a_minute_past_its_grace_period() {
+        let deleted = json!({"metadata": {"deletionTimestamp": "1970-01-01T00:10:00Z"}});
+        let state = listed(vec![pod("u1", json!({}), deleted)]);
+        let end = NOW + Duration::from_secs(600) + DELETION_LEEWAY;
+        assert!(state.by_uid("u1", end - Duration::from_secs(1)).is_some());
+        assert!(state.by_uid("u1", end).is_none());
+    }
+
+    #[test]
+    fn deleted_and_replaced_pods_are_gone_and_what_a_list_leaves_out_too() {
+        let mut state = listed(["u1", "u2", "u3"].map(|uid| pod(uid, json!({}), json!({}))).into());
+        assert!(state.pods(Change::Gone(pod("u1", json!({}), json!({})))));
+        assert!(!state.pods(Change::Gone(pod("u1", json!({}), json!({})))), "no news");
+        assert!(state.pods(Change::All(vec![pod("u3", json!({}), json!({})), pod("u4", json!({}), json!({}))])));
+        let live = ["u1", "u2", "u3", "u4"].map(|uid| state.by_uid(uid, NOW).is_some());
+        assert_eq!(live, [false, false, true, true], "all of one name");
+    }
+
+    #[test]
+    fn equal_facts_are_the_same_workload_and_no_news() {
+        let mut state = listed(vec![pod("u1", json!({"app": "web"}), json!({}))]);
+        let first = state.by_uid("u1", NOW).unwrap();
+        let ready = json!({"status": {"conditions": [{"type": "Ready", "status": "True"}]}});
+        assert!(!state.pods(Change::Put(pod("u1", json!({"app": "web"}), ready))));
+        assert!(!state.namespaces(Change::Put(("shop".to_owned(), labels(json!({"tier": "gold"}))))));
+        assert!(Arc::ptr_eq(&first, &state.by_uid("u1", NOW).unwrap()));
+        assert!(state.pods(Change::Put(pod("u1", json!({"app": "other"}), json!({})))));
+        assert!(state.namespaces(Change::Put(("shop".to_owned(), labels(json!({"tier": "lead"}))))));
+        let now = state.by_uid("u1", NOW).unwrap();
+        assert_eq!(now.pod().unwrap().labels["app"], "other");
+        assert_eq!(now.pod().unwrap().namespace_labels["tier"], "lead");
+    }
+
+    #[test]
+    fn a_container_may_be_unknown_and_must_not_be_another_pods() {
+        let state = listed(vec![
+            pod("u1", json!({}), with_containers(&["c1"])),
+            pod(
+                "u2",
+                json!({}),
+                json!({"status": {"initContainerStatuses": with_containers(&["c2"])["status"]["containerStatuses"]}}),
+            ),
+            pod(
+                "u3",
+                json!({}),
+                json!({"status": {"ephemeralContainerStatuses": with_containers(&["c3"])["status"]["containerStatuses"]}}),
+            ),
+        ]);
+        for (uid, container) in [("u1", "c1"), ("u2", "c2"), ("u3", "c3"), ("u1", "new")] {
+            assert_eq!(found(&state, uid, container).as_deref(), Some(uid), "{container}");
+        }
+        for (uid, container) in [("u1", "c2"), ("u2", "c3"), ("unknown", "c1")] {
+            assert_eq!(found(&state, uid, container).as_deref(), Some("contradiction"), "{uid} {container}");
+        }
+        assert_eq!(found(&state, "unknown", "new"), None);
+    }
+
+    #[test]
+    fn a_static_pod_is_known_by_its_mirror_once_the_kubelet_has_named_the_container() {
+        let mirror = |containers: &[&str]| {
+            let mut more = with_containers(containers);
+            merge(&mut more, json!({"metadata": {"annotations": {MIRROR_ANNOTATION: "hash"}}}));
+            more
+        };
+        let mut state = listed(vec![pod("u1", json!({}), mirror(&[]))]);
+        assert_eq!(found(&state, "hash", "c1"), None, "anybody may claim a hash");
+        state.pods(Change::Put(pod("u1", json!({}), mirror(&["c1"]))));
+        assert_eq!(found(&state, "hash", "c1").as_deref(), Some("u1"));
+        assert_eq!(found(&state, "other", "c1").as_deref(), Some("contradiction"));
+    }
+
+    #[test]
+    fn services_are_a_fact_while_they_are_wanted() {
+        let services = |state: &State| state.by_uid("u1", NOW).unwrap().pod().unwrap().services.clone();
+        let service = |namespace: &str, name: &str, spec: Value| {
+            let metadata = json!({"namespace": namespace, "name": name});
+            read_service(serde_json::from_value(json!({"metadata": metadata, "spec": spec})).unwrap())
+        };
+        let slice = |service: &str, target: Value| {
+            let metadata =
+                json!({"namespace": "shop", "name": "slice", "labels": {"kubernetes.io/service-name": service}});
+            let endpoints = json!([{"addresses": ["10.0.0.7"], "targetRef": target}]);
+            read_slice(
+                serde_json::from_value(json!({"metadata": metadata, "addressType": "IPv4", "endpoints": endpoints}))
+                    .unwrap(),
+            )
+        };
+        let target = json!({"kind": "Pod", "uid": "u1"});
+        let mut state = listed(vec![pod("u1", json!({"app": "web", "tier": "front"}), json!({}))]);
+        state.want_services(true);
+        assert!(!state.synced() && services(&state).is_empty(), "told as before until all Services are known");
+        let listed_services = vec![
+            service("shop", "web", json!({"selector": {"app": "web"}})),
+            service("shop", "front", json!({"selector": {"app": "web", "tier": "front"}})),
+            service("shop", "back", json!({"selector": {"app": "web", "tier": "back"}})),
+            service("shop", "by-hand", json!({})),
+            service("shop", "alias", json!({"type": "ExternalName", "selector": {"app": "web"}})),
+            service("bank", "web-of-another-namespace", json!({"selector": {"app": "web"}})),
+        ];
+        state.services(|services| services.services(Change::All(listed_services)));
+        assert!(!state.synced() && services(&state).is_empty());
+        assert!(state.services(|services| services.slices(Change::All(Vec::new()))));
+        assert!(state.synced());
+        assert_eq!(services(&state).iter().collect::<Vec<_>>(), ["front", "web"]);
+        for (of, target, named) in [
+            ("by-hand", target.clone(), true),
+            ("by-hand", json!({"kind": "Node", "uid": "u1"}), false),
+            ("by-hand", json!({"kind": "Pod", "uid": "u2"}), false),
+            ("alias", target.clone(), false),
+            ("back", target, false),
+        ] {
+            state.services(|services| services.slices(Change::Put(slice(of, target.clone()))));
+            assert_eq!(services(&state).contains(of), named, "{of} {target}");
+        }
+        assert!(state.services(|services| services.services(Change::Gone(service("shop", "web", json!({}))))));
+        assert_eq!(services(&state).iter().collect::<Vec<_>>(), ["front"]);
+        assert!(state.want_services(false));
+        assert!(services(&state).is_empty() && state.synced());
+    }
+}

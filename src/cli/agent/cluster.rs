@@ -16,7 +16,7 @@ use crate::{
     config::{ClusterSigner, Kubernetes},
     kubernetes::{self, Identity},
     metrics::Metrics,
-    policy::PolicySet,
+    policy::{PolicySet, watch::ClusterPolicies},
     signer::{
         self, Sign,
         kubernetes::{Approval, Cleaner, Parts, probe},
@@ -35,7 +35,7 @@ pub(super) struct InCluster {
     pub(super) background: Vec<Background>,
 }
 
-/// Asks the API server who the agent is, for as long as it takes; `None` at the stop.
+/// Asks the API server who the agent is and which policies there are, for as long as it takes; `None` at the stop.
 pub(super) async fn join(
     config: Kubernetes,
     clock: &Clock,
@@ -48,12 +48,15 @@ pub(super) async fn join(
     tracing::info!(user = identity.username, node, "the API server knows the agent");
     let pods = Pods::new(Scope::Node(node.clone()), clock.clone());
     let tokens = Tokens::new(client.clone(), config.audience.clone(), node.clone());
+    let policies = ClusterPolicies::new(client.clone(), metrics.clone());
+    let in_force = policies.subscribe();
+    let policies_synced = policies.synced();
     let common = (clock, metrics, stop);
     let (signers, mut background) = signers(&config, &client, (&identity, &node), common).await?;
     background.push(("pods", Box::pin(pods.clone().run(client, stop.clone()))));
-    let cluster = Cluster { node, own_pod: identity.pod_uid, pods, tokens };
-    let (_, policies) = watch::channel(Arc::default());
-    Ok(Some(InCluster { cluster, policies, signers, background }))
+    background.push(("policies", Box::pin(policies.run(stop.clone()))));
+    let cluster = Cluster { node, own_pod: identity.pod_uid, policies_synced, pods, tokens };
+    Ok(Some(InCluster { cluster, policies: in_force, signers, background }))
 }
 
 /// The signers that `config` names, the default one first, with what keeps their roots current and deletes their

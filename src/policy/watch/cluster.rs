@@ -31,7 +31,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     kubernetes,
     metrics::Metrics,
-    policy::{API_VERSION, KIND, MAX_POLICIES, PLURAL, PolicySet, Problem, Source, whom::Whom},
+    policy::{API_VERSION, KIND, MAX_POLICIES, PLURAL, PolicySet, Problem, Source, schema::PODS_ONLY, whom::Whom},
 };
 
 /// The CertificatePolicies of a cluster and the set that they make.
@@ -145,10 +145,10 @@ impl Seen {
     /// One event of the watch. Nothing of a list is published before all of it is there.
     async fn take_in(&mut self, event: Event<DynamicObject>) {
         match event {
-            Event::Init => return self.listed.clear(),
+            Event::Init => self.listed.clear(),
             Event::InitApply(object) => {
                 self.listed.insert(object.name_any());
-                return self.examine(object).await;
+                self.examine(object).await;
             }
             Event::InitDone => {
                 let listed = mem::take(&mut self.listed);
@@ -257,8 +257,7 @@ async fn compile(name: &str, document: String) -> Result<PolicySet, Vec<Problem>
         problems
     })?;
     if set.policies.iter().any(|policy| matches!(policy.whom, Whom::Processes(_))) {
-        let message = "a policy in a cluster is about pods; put one about processes of a host into a file on that host";
-        return Err(vec![problem(name, "spec.match.unix", message.to_owned())]);
+        return Err(vec![problem(name, "spec.match.unix", PODS_ONLY.to_owned())]);
     }
     Ok(set)
 }

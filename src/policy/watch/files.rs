@@ -77,7 +77,7 @@ impl PolicyFiles {
     pub fn load(paths: Vec<PathBuf>, metrics: Metrics) -> Result<Self, LoadError> {
         let paths: Vec<_> = paths.into_iter().map(|path| std::path::absolute(&path).unwrap_or(path)).collect();
         let content = read(&paths);
-        let set = parse(&content).map_err(LoadError)?;
+        let set = parse(&content, EMBEDDED).map_err(LoadError)?;
         metrics.policy_loaded(1);
         Ok(Self {
             paths,
@@ -148,7 +148,7 @@ impl PolicyFiles {
         }
         let parsed;
         (self.last, parsed) = spawn_blocking(|| {
-            let parsed = parse(&content);
+            let parsed = parse(&content, EMBEDDED);
             (content, parsed)
         })
         .await
@@ -184,17 +184,17 @@ impl PolicyFiles {
     }
 }
 
-/// The set that the files and folders at `paths` make now. Blocks.
+/// The set that the files and folders at `paths` make now, with `default_signer` where a policy names none. Blocks.
 ///
 /// # Errors
 ///
 /// Every problem, as for [`PolicyFiles::load`].
-pub fn read_set(paths: &[PathBuf]) -> Result<PolicySet, LoadError> {
-    parse(&read(paths)).map_err(LoadError)
+pub fn read_set(paths: &[PathBuf], default_signer: &str) -> Result<PolicySet, LoadError> {
+    parse(&read(paths), default_signer).map_err(LoadError)
 }
 
-fn parse(content: &Content) -> Result<PolicySet, Vec<Problem>> {
-    content.as_ref().map_err(Clone::clone).and_then(|sources| PolicySet::parse(sources, EMBEDDED))
+fn parse(content: &Content, default_signer: &str) -> Result<PolicySet, Vec<Problem>> {
+    content.as_ref().map_err(Clone::clone).and_then(|sources| PolicySet::parse(sources, default_signer))
 }
 
 async fn read_apart(paths: &[PathBuf]) -> Content {

@@ -156,7 +156,7 @@ impl Secrets {
             }
             // Nobody has a SPIFFE ID: the roots are all there is to verify by.
             (ROOT_CA, Some(Identity { trust_domain: None, .. })) => {
-                return first.map(|first| by_roots(first.roots().pem()));
+                return first.and_then(Identity::roots).map(|roots| by_roots(roots.pem()));
             }
             (ROOT_CA, first) => first?.trust_domain.as_deref()?,
             (name, _) => name,

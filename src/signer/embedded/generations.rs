@@ -117,6 +117,11 @@ impl Generations {
         self.next = Some(Next { generation: Arc::new(generation), activate_at });
     }
 
+    /// The next CA, while it is announced.
+    pub(super) fn next(&self) -> Option<&Authority> {
+        self.next.as_ref().map(|next| &next.generation.authority)
+    }
+
     /// Lets the next CA sign.
     pub(super) fn activate(&mut self) {
         self.activated.extend(self.next.take().map(|next| next.generation));

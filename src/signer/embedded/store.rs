@@ -1,8 +1,9 @@
-//! The state folder: one file per CA, key and certificate together, so that nothing on disk can be half of a pair.
+//! Where CAs are kept: one text per CA, key and certificate together, so that nothing that is kept can be half of a pair.
 //!
-//! `next-N.pem` is a CA that is announced, `ca-N.pem` one that may sign; a CA goes from one to the other by rename. Files
-//! appear whole or not at all (written aside, synced, renamed, folder synced), so a crash at any point leaves a state
-//! that was meant. The folder is locked: two agents never make two CAs.
+//! `next-N.pem` is a CA that is announced, `ca-N.pem` one that may sign; a CA goes from one to the other by rename. In a
+//! folder, files appear whole or not at all (written aside, synced, renamed, folder synced), so a crash at any point
+//! leaves a state that was meant, and the folder is locked: two agents never make two CAs. For the other place, a Secret,
+//! see `secret`.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
@@ -14,7 +15,7 @@ use std::{
 use rustix::fs::{FlockOperation, flock};
 use zeroize::Zeroizing;
 
-use super::EmbeddedError;
+use super::{EmbeddedError, secret::Secret};
 
 /// Bytes of a file with keys or certificates.
 pub const MAX_FILE_BYTES: u64 = 1024 * 1024;
@@ -26,23 +27,92 @@ const OTHERS: u32 = 0o077;
 /// Bits that let another user put a file into a folder.
 const OTHERS_WRITE: u32 = 0o022;
 const ASIDE: &str = ".csrd-";
+const NEXT: &str = "next-";
+const ACTIVATED: &str = "ca-";
+
+/// A place for CAs.
+#[derive(Debug)]
+pub(super) enum Store {
+    Folder(Folder),
+    Secret(Box<Secret>),
+}
 
 /// An open, locked state folder.
 #[derive(Debug)]
-pub(super) struct Store {
+pub(super) struct Folder {
     dir: PathBuf,
     /// Holds the lock and syncs renames.
     handle: File,
 }
 
-/// Files found, in order of number.
-#[derive(Debug, Default)]
+/// A CA that is kept.
+pub(super) struct Kept {
+    pub(super) number: u64,
+    /// Where, for errors.
+    pub(super) path: PathBuf,
+    pub(super) pem: Zeroizing<Vec<u8>>,
+}
+
+/// CAs that are kept, in order of number.
+#[derive(Default)]
 pub(super) struct Found {
-    pub(super) activated: Vec<(u64, PathBuf)>,
-    pub(super) next: Option<(u64, PathBuf)>,
+    pub(super) activated: Vec<Kept>,
+    pub(super) next: Option<Kept>,
 }
 
 impl Store {
+    /// The CAs, if somebody else may have changed them since they were last read or written.
+    pub(super) fn changed(&mut self) -> Result<Option<Found>, EmbeddedError> {
+        match self {
+            Self::Folder(_) => Ok(None),
+            Self::Secret(secret) => secret.changed(),
+        }
+    }
+
+    /// Saves a CA that is announced.
+    pub(super) fn announce(&mut self, number: u64, pem: &str) -> Result<(), EmbeddedError> {
+        match self {
+            Self::Folder(folder) => folder.announce(number, pem),
+            Self::Secret(secret) => secret.write([(next(number), Some(pem))]),
+        }
+    }
+
+    /// Lets an announced CA sign.
+    pub(super) fn activate(&mut self, number: u64, pem: &str) -> Result<(), EmbeddedError> {
+        match self {
+            Self::Folder(folder) => folder.activate(number),
+            Self::Secret(secret) => secret.write([(next(number), None), (activated(number), Some(pem))]),
+        }
+    }
+
+    /// Removes a CA that has ended.
+    pub(super) fn retire(&mut self, number: u64) -> Result<(), EmbeddedError> {
+        match self {
+            Self::Folder(folder) => folder.retire(number),
+            Self::Secret(secret) => secret.write([(activated(number), None)]),
+        }
+    }
+}
+
+impl Found {
+    /// Sorts out what is kept under names; other names are passed over.
+    pub(super) fn new(kept: impl IntoIterator<Item = (String, PathBuf, Zeroizing<Vec<u8>>)>) -> Self {
+        let (mut found, mut announced) = (Self::default(), Vec::new());
+        for (name, path, pem) in kept {
+            if let Some(number) = number(&name, ACTIVATED) {
+                found.activated.push(Kept { number, path, pem });
+            } else if let Some(number) = number(&name, NEXT) {
+                announced.push(Kept { number, path, pem });
+            }
+        }
+        found.activated.sort_by_key(|kept| kept.number);
+        let newest = found.activated.last().map_or(0, |kept| kept.number);
+        found.next = announced.into_iter().max_by_key(|kept| kept.number).filter(|kept| kept.number > newest);
+        found
+    }
+}
+
+impl Folder {
     /// Opens the folder at `dir`, making it if it is not there, and removes what a crash left aside.
     pub(super) fn open(dir: &Path) -> Result<Self, EmbeddedError> {
         let failed = |action| move |source| EmbeddedError::Io { action, path: dir.to_owned(), source };
@@ -65,29 +135,24 @@ impl Store {
     /// The CAs in the folder; other files are left alone.
     pub(super) fn find(&self) -> Result<Found, EmbeddedError> {
         let failed = |source| EmbeddedError::Io { action: "read", path: self.dir.clone(), source };
-        let mut found = Found::default();
-        let mut announced = Vec::new();
+        let mut kept = Vec::new();
         for entry in fs::read_dir(&self.dir).map_err(failed)? {
             let entry = entry.map_err(failed)?;
-            let name = entry.file_name();
-            let Some(name) = name.to_str() else { continue };
+            let Ok(name) = entry.file_name().into_string() else { continue };
             if name.starts_with(ASIDE) {
                 fs::remove_file(entry.path()).map_err(failed)?;
-            } else if let Some(number) = number(name, "ca-") {
-                found.activated.push((number, entry.path()));
-            } else if let Some(number) = number(name, "next-") {
-                announced.push((number, entry.path()));
+            } else if number(&name, ACTIVATED).or(number(&name, NEXT)).is_some() {
+                let path = entry.path();
+                let pem = read_secret(&path)?;
+                kept.push((name, path, pem));
             }
         }
-        found.activated.sort();
-        let newest = found.activated.last().map_or(0, |(number, _)| *number);
-        found.next = announced.into_iter().max().filter(|(number, _)| *number > newest);
-        Ok(found)
+        Ok(Found::new(kept))
     }
 
     /// Saves a CA that is announced.
     pub(super) fn announce(&self, number: u64, pem: &str) -> Result<(), EmbeddedError> {
-        let path = self.path("next-", number);
+        let path = self.dir.join(next(number));
         let failed = |source| EmbeddedError::Io { action: "write", path: path.clone(), source };
         let aside = self.dir.join(format!("{ASIDE}{number}"));
         let write = || {
@@ -106,7 +171,7 @@ impl Store {
 
     /// Lets an announced CA sign. When only the sync failed last time, there is nothing left to rename.
     pub(super) fn activate(&self, number: u64) -> Result<(), EmbeddedError> {
-        let (from, to) = (self.path("next-", number), self.path("ca-", number));
+        let (from, to) = (self.dir.join(next(number)), self.dir.join(activated(number)));
         let renamed = match fs::rename(&from, &to) {
             Err(error) if error.kind() == io::ErrorKind::NotFound && to.exists() => Ok(()),
             renamed => renamed,
@@ -120,7 +185,7 @@ impl Store {
 
     /// Removes a CA that has ended.
     pub(super) fn retire(&self, number: u64) -> Result<(), EmbeddedError> {
-        let path = self.path("ca-", number);
+        let path = self.dir.join(activated(number));
         let removed = match fs::remove_file(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             removed => removed,
@@ -131,10 +196,14 @@ impl Store {
             source,
         })
     }
+}
 
-    fn path(&self, prefix: &str, number: u64) -> PathBuf {
-        self.dir.join(format!("{prefix}{number}.pem"))
-    }
+fn next(number: u64) -> String {
+    format!("{NEXT}{number}.pem")
+}
+
+fn activated(number: u64) -> String {
+    format!("{ACTIVATED}{number}.pem")
 }
 
 /// Reads a file with a private key, which nobody but its owner may read.
@@ -190,7 +259,7 @@ fn unreadable(path: &Path, source: io::Error) -> EmbeddedError {
     EmbeddedError::Io { action: "read", path: path.to_owned(), source }
 }
 
-/// N of `prefix` N `.pem`, as [`Store`] writes it.
+/// N of `prefix` N `.pem`, as it is written here.
 fn number(name: &str, prefix: &str) -> Option<u64> {
     let digits = name.strip_prefix(prefix)?.strip_suffix(".pem")?;
     let number = digits.parse().ok()?;
@@ -218,7 +287,7 @@ mod tests {
     fn nobody_else_can_read_what_is_stored() {
         let parent = tempfile::tempdir().unwrap();
         let dir = parent.path().join("a/b");
-        let store = Store::open(&dir).unwrap();
+        let store = Folder::open(&dir).unwrap();
         store.announce(1, "secret").unwrap();
         assert_eq!((mode(&dir), mode(&dir.join("next-1.pem"))), (DIR_MODE, FILE_MODE));
         store.activate(1).unwrap();
@@ -244,23 +313,23 @@ mod tests {
             "ca-1.pem.bak",
             "notes",
         ] {
-            fs::write(dir.path().join(name), "").unwrap();
+            OpenOptions::new().write(true).create(true).mode(FILE_MODE).open(dir.path().join(name)).unwrap();
         }
-        let store = Store::open(dir.path()).unwrap();
+        let store = Folder::open(dir.path()).unwrap();
         let found = store.find().unwrap();
-        let numbers = |list: &[(u64, PathBuf)]| list.iter().map(|(number, _)| *number).collect::<Vec<_>>();
-        assert_eq!(numbers(&found.activated), [2, 10]);
-        assert_eq!(found.next, Some((11, dir.path().join("next-11.pem"))));
+        assert_eq!(found.activated.iter().map(|kept| kept.number).collect::<Vec<_>>(), [2, 10]);
+        let next = found.next.unwrap();
+        assert_eq!((next.number, next.path), (11, dir.path().join("next-11.pem")));
         // What has been activated is not announced any more.
         fs::remove_file(dir.path().join("next-11.pem")).unwrap();
-        assert_eq!(store.find().unwrap().next, None);
+        assert!(store.find().unwrap().next.is_none());
         assert_eq!(names(dir.path()).len(), 7);
     }
 
     #[test]
     fn a_failed_write_leaves_nothing_and_can_be_tried_again() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
+        let store = Folder::open(dir.path()).unwrap();
         let blocker = dir.path().join("next-1.pem");
         fs::create_dir(&blocker).unwrap();
         let error = store.announce(1, "secret").unwrap_err();
@@ -273,20 +342,20 @@ mod tests {
     #[test]
     fn a_folder_is_opened_by_one_process_and_written_by_its_owner_only() {
         let dir = tempfile::tempdir().unwrap();
-        let first = Store::open(dir.path()).unwrap();
-        assert!(matches!(Store::open(dir.path()), Err(EmbeddedError::InUse { .. })));
+        let first = Folder::open(dir.path()).unwrap();
+        assert!(matches!(Folder::open(dir.path()), Err(EmbeddedError::InUse { .. })));
         drop(first);
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o770)).unwrap();
-        assert!(matches!(Store::open(dir.path()), Err(EmbeddedError::FolderMode { mode: 0o770, .. })));
+        assert!(matches!(Folder::open(dir.path()), Err(EmbeddedError::FolderMode { mode: 0o770, .. })));
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        Store::open(dir.path()).unwrap();
+        Folder::open(dir.path()).unwrap();
     }
 
     #[test]
     fn a_path_that_cannot_be_a_folder_is_named() {
         let file = tempfile::NamedTempFile::new().unwrap();
         for path in [file.path().to_owned(), file.path().join("below")] {
-            let error = Store::open(&path).unwrap_err();
+            let error = Folder::open(&path).unwrap_err();
             assert!(matches!(&error, EmbeddedError::Io { action: "create", .. }), "{error}");
             assert!(error.to_string().contains(&path.display().to_string()), "{error}");
         }

@@ -16,7 +16,7 @@ use kube::{
 use rcgen::{CertificateParams, KeyPair};
 use serde_json::{Value, json};
 
-use super::{ControlPlane, Fault, FaultProxy, Identity, Options, PATIENCE, POLL, Part, unique};
+use super::{ControlPlane, Fault, FaultProxy, Identity, Options, PATIENCE, Part, eventually, unique};
 
 const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
 const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
@@ -196,16 +196,8 @@ async fn every_namespace_gets_the_certificate_of_the_cluster_ca() {
     let Some(cluster) = ControlPlane::shared().await else { return };
     let namespace = cluster.namespace(&[]).await;
     let maps: Api<ConfigMap> = Api::namespaced(cluster.admin().await, &namespace);
-    let there = async {
-        loop {
-            if let Some(map) = maps.get_opt("kube-root-ca.crt").await.unwrap() {
-                return map.data.unwrap()["ca.crt"].clone();
-            }
-            tokio::time::sleep(POLL).await;
-        }
-    };
-    let published = tokio::time::timeout(PATIENCE, there).await.expect("it is published");
-    assert_eq!(published.trim(), cluster.access.ca_certificate.trim());
+    let map = eventually("the CA's ConfigMap", async || maps.get_opt("kube-root-ca.crt").await.unwrap()).await;
+    assert_eq!(map.data.unwrap()["ca.crt"].trim(), cluster.access.ca_certificate.trim());
 }
 
 #[tokio::test]
@@ -277,7 +269,7 @@ async fn a_killed_api_server_comes_back_at_its_address_with_its_objects() {
     let client = cluster.admin().await;
     assert!(client.apiserver_version().await.is_err());
     cluster.restart(Part::ApiServer).await;
-    assert_eq!(client.apiserver_version().await.unwrap().git_version, "v1.37.2");
+    assert!(client.apiserver_version().await.is_ok());
     let namespaces: Api<k8s_openapi::api::core::v1::Namespace> = Api::all(client);
     assert!(namespaces.get_opt(&namespace).await.unwrap().is_some());
 

@@ -12,9 +12,8 @@ use kube::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
-use tokio::time::{sleep, timeout};
 
-use super::{ControlPlane, PATIENCE, POLL, unique};
+use super::{ControlPlane, eventually, unique};
 
 type Labels<'a> = &'a [(&'a str, &'a str)];
 
@@ -31,12 +30,7 @@ impl ControlPlane {
     /// Waits for what the controller manager puts into every namespace.
     pub(super) async fn default_account(&self, namespace: &str) {
         let accounts: Api<ServiceAccount> = Api::namespaced(self.admin().await, namespace);
-        let there = async {
-            while accounts.get_opt("default").await.unwrap().is_none() {
-                sleep(POLL).await;
-            }
-        };
-        timeout(PATIENCE, there).await.expect("the controller manager makes a default ServiceAccount");
+        eventually("a default ServiceAccount", async || accounts.get_opt("default").await.unwrap()).await;
     }
 
     pub(crate) async fn service_account(&self, namespace: &str, name: &str) -> ServiceAccount {

@@ -1,0 +1,461 @@
+//! One request, answered: judged, approved or denied, and signed if the signer is ours.
+//!
+//! On the good path that is two writes and not one read: the approval, and at once the certificate. Each names the
+//! resourceVersion that was judged, so a request that was deleted and made anew under its name, or answered by somebody
+//! else, or by another replica that believes to lead, is a conflict and nothing more. What was approved by somebody else
+//! is signed only if it would have been approved here, and gets the condition `Failed` otherwise, so that whoever waits is
+//! told. A certificate is written only after it verifies by the roots that are published.
+
+use std::{sync::Arc, time::Duration};
+
+use k8s_openapi::{
+    ByteString,
+    api::{
+        certificates::v1::{CertificateSigningRequest, CertificateSigningRequestCondition},
+        core::v1::{Node, Pod},
+    },
+};
+use kube::{
+    Api, Client,
+    api::{Patch, PatchParams, PostParams},
+    core::Status,
+};
+use serde_json::json;
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout},
+};
+use tracing::{Instrument as _, debug_span, field::Empty};
+
+use super::{
+    denials::Denials,
+    kubelet::{self, Kubelet},
+    queue::{Outcome, Turn},
+    verdict::{Approval, Asked, Claim, PodName, Refusal, Request, Rules},
+};
+use crate::{
+    attest::{Workload, pods::Pods},
+    backoff::Backoff,
+    clock::Clock,
+    metrics::{Metrics, SignerMetrics},
+    policy::PolicySet,
+    signer::{Key, Sign, SignError, SigningRequest},
+    telemetry,
+    x509::{Bundle, Expected, VerifyError},
+};
+
+/// A refusal that rests on what is watched is looked at again after this long before it is written: the watch may lag.
+pub const SECOND_LOOK: Duration = Duration::from_secs(1);
+/// The longest wait for one answer of the API server.
+pub const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+/// Bytes of a condition's message.
+pub const MAX_MESSAGE_BYTES: usize = 1024;
+/// Between tries of a request that could not be answered.
+const RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
+
+/// Why a pod's request is approved.
+const ALLOWED: &str = "ALLOWED_BY_POLICY";
+/// Why a kubelet's is.
+const NODES_OWN: &str = "NODES_OWN_ADDRESSES";
+
+/// Everything that an answer needs.
+pub(super) struct Answers {
+    pub(super) client: Client,
+    pub(super) rules: Rules,
+    pub(super) pods: Pods,
+    pub(super) policies: watch::Receiver<Arc<PolicySet>>,
+    pub(super) signer: Arc<dyn Sign>,
+    /// The roots that everybody who verifies can read by now.
+    pub(super) published: watch::Receiver<Option<Arc<Bundle>>>,
+    pub(super) denials: Denials,
+    pub(super) clock: Clock,
+    pub(super) metrics: Metrics,
+    pub(super) signed: SignerMetrics,
+}
+
+/// Why a request could not be answered now.
+#[derive(Debug, thiserror::Error)]
+enum AnswerError {
+    #[error("the API server did not do it")]
+    Api(#[source] Box<kube::Error>),
+    #[error("the API server did not answer within {} s", ANSWER_WITHIN.as_secs())]
+    Timeout,
+    #[error("pod {0} is there, but the watch has not told of it yet")]
+    Late(PodName),
+    #[error("the signer did not sign")]
+    Sign(#[from] SignError),
+    #[error("no root is published yet")]
+    NotPublished,
+    #[error("the certificate does not verify by the roots that are published")]
+    Unpublished(#[from] VerifyError),
+}
+
+/// A refusal, and the pod that it concerns if that is a real one.
+struct Refused {
+    refusal: Refusal,
+    about: Option<Arc<Workload>>,
+}
+
+impl From<Refusal> for Refused {
+    fn from(refusal: Refusal) -> Self {
+        Self { refusal, about: None }
+    }
+}
+
+impl Answers {
+    /// Answers as far as can be done now.
+    pub(super) async fn answer(&self, turn: Turn) -> Outcome {
+        let Turn { mut request, failures } = turn;
+        let span = telemetry::verdict_span(request.traceparent.as_deref());
+        match self.try_answer(&mut request, failures).instrument(span).await {
+            Ok(true) => Outcome::Answered,
+            Ok(false) => Outcome::Again(Instant::now() + SECOND_LOOK, request),
+            Err(AnswerError::Api(error)) if is(&error, Status::is_not_found) => Outcome::Answered,
+            Err(AnswerError::Api(error)) if is(&error, Status::is_conflict) => Outcome::Changed,
+            Err(error) => {
+                let delay = RETRY.delay(failures + 1, &mut rand::rng()).max(asked_to_wait(&error));
+                tracing::warn!(
+                    request = request.name,
+                    error = &error as &dyn std::error::Error,
+                    "the request waits and is tried again"
+                );
+                Outcome::Again(Instant::now() + delay, request)
+            }
+        }
+    }
+
+    /// False for a refusal that is to be looked at again.
+    async fn try_answer(&self, request: &mut Request, failures: u32) -> Result<bool, AnswerError> {
+        let verdict = match &request.asked {
+            Ok(Asked::Pod(claim)) => self.judge(claim).await?,
+            Ok(Asked::Kubelet(kubelet)) => match self.judge_kubelet(kubelet).await? {
+                Ok(()) => {
+                    let message = format!("every name is an address of Node {}", kubelet.node);
+                    return self.approve(request, NODES_OWN, &message).await.map(|()| true);
+                }
+                Err(refusal) => Err(Refusal::Kubelet(refusal).into()),
+            },
+            Err(refusal) => Err(refusal.clone().into()),
+        };
+        match verdict {
+            Ok((approval, workload)) => self.allow(request, approval, &workload).await?,
+            Err(Refused { refusal, .. }) if refusal.may_be_early() && failures == 0 => return Ok(false),
+            Err(refused) => self.refuse(request, refused).await?,
+        }
+        Ok(true)
+    }
+
+    async fn judge(&self, claim: &Claim) -> Result<Result<(Approval, Arc<Workload>), Refused>, AnswerError> {
+        let Some(agent) = self.find(&claim.agent).await? else {
+            return Ok(Err(Refusal::AgentGone { agent: claim.agent.clone() }.into()));
+        };
+        let Some(workload) = self.find(&claim.pod).await? else {
+            return Ok(Err(Refusal::PodGone { pod: claim.pod.clone() }.into()));
+        };
+        let policies = self.policies.borrow().clone();
+        Ok(match claim.decide(&agent, &workload, &self.rules, &policies) {
+            Ok(approval) => Ok((approval, workload)),
+            Err(refusal) => Err(Refused { refusal, about: Some(workload) }),
+        })
+    }
+
+    async fn judge_kubelet(&self, kubelet: &Kubelet) -> Result<Result<(), kubelet::Refusal>, AnswerError> {
+        let node = within(Api::<Node>::all(self.client.clone()).get_opt(&kubelet.node)).await?;
+        Ok(match node {
+            Some(node) => kubelet.judge(&node.status.and_then(|status| status.addresses).unwrap_or_default()),
+            None => Err(kubelet::Refusal::NodeGone { node: kubelet.node.clone() }),
+        })
+    }
+
+    /// The live pod of that UID; `None` once the API server itself says that there is none.
+    async fn find(&self, pod: &PodName) -> Result<Option<Arc<Workload>>, AnswerError> {
+        if let Some(workload) = self.pods.by_uid(&pod.uid) {
+            return Ok(Some(workload));
+        }
+        let api = Api::<Pod>::namespaced(self.client.clone(), &pod.namespace);
+        let there = within(api.get_opt(&pod.name)).await?;
+        let lives = |there: &Pod| {
+            let phase = there.status.as_ref().and_then(|status| status.phase.as_deref());
+            there.metadata.uid.as_ref() == Some(&pod.uid) && !matches!(phase, Some("Succeeded" | "Failed"))
+        };
+        if !there.as_ref().is_some_and(lives) {
+            return Ok(None);
+        }
+        self.pods.wait_for(&pod.uid).await.map(Some).ok_or_else(|| AnswerError::Late(pod.clone()))
+    }
+
+    async fn allow(&self, request: &mut Request, approval: Approval, workload: &Workload) -> Result<(), AnswerError> {
+        if !request.approved {
+            let message = format!("policy {:?} allows it for {workload}", approval.grant.policy());
+            self.approve(request, ALLOWED, &message).await?;
+        }
+        if approval.grant.signer() != self.rules.signer {
+            return Ok(());
+        }
+        let started = Instant::now();
+        let written = self.sign(request, approval, workload).instrument(write_span("sign")).await;
+        match &written {
+            Ok(()) => self.signed.issued(started.elapsed()),
+            Err(error) => self.signed.failed(error.reason(), started.elapsed()),
+        }
+        written
+    }
+
+    async fn approve(&self, request: &mut Request, reason: &str, message: &str) -> Result<(), AnswerError> {
+        let approved = self.answer_with(request, "Approved", reason, message).instrument(write_span("approve"));
+        request.version = approved.await?.metadata.resource_version.unwrap_or_default();
+        request.approved = true;
+        self.metrics.csr_verdicts.good();
+        tracing::info!(request = request.name, reason, "approved: {message}");
+        Ok(())
+    }
+
+    async fn sign(&self, request: &Request, approval: Approval, workload: &Workload) -> Result<(), AnswerError> {
+        let Approval { grant, csr } = approval;
+        let key = Key::Held(Arc::new(csr));
+        let asked = SigningRequest { workload, grant: &grant, key: &key, progress: &|_| () };
+        let chain = match self.signer.sign(asked).await {
+            Err(error) if !error.is_transient() => return self.fail(request, error.reason(), &error.to_string()).await,
+            signed => signed?,
+        };
+        let published = self.published.borrow().clone().ok_or(AnswerError::NotPublished)?;
+        let (names, usages, lifetime) = (grant.names(), grant.usages(), grant.lifetime());
+        let expected = Expected { names, usages, public_key: key.public_key(), lifetime, now: self.clock.now() };
+        chain.verify(&published, &expected)?;
+        let patch = json!({
+            "metadata": {"resourceVersion": request.version},
+            "status": {"certificate": ByteString(chain.to_pem().into_bytes())},
+        });
+        let (parameters, patch) = (PatchParams::default(), Patch::Merge(&patch));
+        within(self.requests().patch_status(&request.name, &parameters, &patch)).await?;
+        tracing::info!(request = request.name, serial = chain.serial_hex(), "signed");
+        Ok(())
+    }
+
+    async fn refuse(&self, request: &Request, refused: Refused) -> Result<(), AnswerError> {
+        let Refused { refusal, about } = refused;
+        let (reason, message) = (refusal.reason(), clipped(refusal.to_string()));
+        match request.approved {
+            true => self.fail(request, reason, &message).await?,
+            false => {
+                let denied = self.answer_with(request, "Denied", reason, &message).instrument(write_span("deny"));
+                denied.await?;
+            }
+        }
+        self.metrics.csr_verdicts.bad(reason);
+        tracing::Span::current().record("csrd.reason", reason);
+        tracing::info!(request = request.name, node = request.node, reason, "refused: {message}");
+        if let Some(pod) = about.as_deref().and_then(Workload::pod) {
+            self.denials.tell(pod, reason, &message).await;
+        }
+        Ok(())
+    }
+
+    /// Writes the one condition that a request without conditions gets.
+    async fn answer_with(
+        &self,
+        request: &Request,
+        condition: &str,
+        reason: &str,
+        message: &str,
+    ) -> Result<CertificateSigningRequest, AnswerError> {
+        let condition = json!({"type": condition, "status": "True", "reason": reason, "message": message});
+        let patch = json!({
+            "metadata": {"resourceVersion": request.version},
+            "status": {"conditions": [condition]},
+        });
+        let (parameters, patch) = (PatchParams::default(), Patch::Merge(&patch));
+        within(self.requests().patch_subresource("approval", &request.name, &parameters, &patch)).await
+    }
+
+    /// Says on a request that was approved why it is not signed.
+    async fn fail(&self, request: &Request, reason: &str, message: &str) -> Result<(), AnswerError> {
+        let requests = self.requests();
+        let mut object = within(requests.get(&request.name)).await?;
+        if object.metadata.uid.as_ref() != Some(&request.uid) {
+            return Ok(());
+        }
+        object.status.get_or_insert_default().conditions.get_or_insert_default().push(
+            CertificateSigningRequestCondition {
+                type_: "Failed".to_owned(),
+                status: "True".to_owned(),
+                reason: Some(reason.to_owned()),
+                message: Some(message.to_owned()),
+                ..CertificateSigningRequestCondition::default()
+            },
+        );
+        let parameters = PostParams::default();
+        let written = requests.replace_status(&request.name, &parameters, &object);
+        within(written).instrument(write_span("fail")).await.map(drop)
+    }
+
+    fn requests(&self) -> Api<CertificateSigningRequest> {
+        Api::all(self.client.clone())
+    }
+}
+
+/// The span of one write; its `Audit-Id` is recorded where the answer is read.
+fn write_span(name: &'static str) -> tracing::Span {
+    debug_span!("write", otel.name = name, otel.kind = "client", csrd.audit_id = Empty)
+}
+
+async fn within<T>(request: impl Future<Output = Result<T, kube::Error>>) -> Result<T, AnswerError> {
+    match timeout(ANSWER_WITHIN, request).await {
+        Ok(answer) => answer.map_err(|error| AnswerError::Api(Box::new(error))),
+        Err(_) => Err(AnswerError::Timeout),
+    }
+}
+
+fn is(error: &kube::Error, what: impl FnOnce(&Status) -> bool) -> bool {
+    matches!(error, kube::Error::Api(status) if what(status))
+}
+
+/// What the API server said about when to come back.
+fn asked_to_wait(error: &AnswerError) -> Duration {
+    let seconds = match error {
+        AnswerError::Api(error) => match &**error {
+            kube::Error::Api(status) => status.details.as_ref().map_or(0, |details| details.retry_after_seconds),
+            _ => 0,
+        },
+        _ => 0,
+    };
+    Duration::from_secs(seconds.into())
+}
+
+/// Cut to [`MAX_MESSAGE_BYTES`].
+pub(super) fn clipped(mut message: String) -> String {
+    message.truncate(message.floor_char_boundary(MAX_MESSAGE_BYTES));
+    message
+}
+
+impl AnswerError {
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Api(_) => "API_REFUSED",
+            Self::Timeout => "API_TIMEOUT",
+            Self::Late(_) => "POD_LATE",
+            Self::Sign(error) => error.reason(),
+            Self::NotPublished | Self::Unpublished(_) => "ROOT_NOT_PUBLISHED",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, convert::Infallible, sync::Mutex, time::SystemTime};
+
+    use http::{Method, Response, StatusCode};
+    use http_body_util::Full;
+    use kube::client::Body;
+    use serde_json::Value;
+
+    use super::*;
+    use crate::{attest::pods::Scope, signer::embedded::Embedded};
+
+    type Sent = Arc<Mutex<Vec<(Method, String, Value)>>>;
+
+    /// Answers before an API server that answers everything alike, and what that was sent.
+    fn answers(code: StatusCode, answer: Value) -> (Answers, Sent) {
+        let sent = Sent::default();
+        let record = sent.clone();
+        let service = tower::service_fn(move |request: http::Request<Body>| {
+            let (record, answer) = (record.clone(), answer.to_string());
+            async move {
+                let (head, body) = request.into_parts();
+                let body = serde_json::from_slice(&body.collect_bytes().await.unwrap()).unwrap_or_default();
+                record.lock().unwrap().push((head.method, head.uri.path().to_owned(), body));
+                Ok::<_, Infallible>(Response::builder().status(code).body(Full::from(answer)).unwrap())
+            }
+        });
+        let client = Client::new(service, "default");
+        let clock = Clock::paused(SystemTime::UNIX_EPOCH + Duration::from_secs(1_900_000_000));
+        let (metrics, hour) = (Metrics::new(), Duration::from_secs(3600));
+        let signer = Embedded::ephemeral(hour, &clock, metrics.signer("test")).unwrap();
+        let answers = Answers {
+            denials: Denials::new(client.clone(), "test"),
+            client,
+            rules: Rules {
+                signer: "csrd.dev/workload".into(),
+                approves: BTreeSet::new(),
+                agent: ("csrd-system".into(), "csrd-agent".into()),
+                kubelet_serving: false,
+            },
+            pods: Pods::new(Scope::Cluster, clock.clone()),
+            policies: watch::channel(Arc::default()).1,
+            signer: Arc::new(signer),
+            published: watch::channel(None).1,
+            clock,
+            signed: metrics.signer("test"),
+            metrics,
+        };
+        (answers, sent)
+    }
+
+    /// A request that is refused without a look at any pod.
+    fn refused(approved: bool) -> Turn {
+        let request = Request {
+            name: "csrd-0".into(),
+            uid: "uid".into(),
+            version: "7".into(),
+            node: "n1".into(),
+            approved,
+            traceparent: None,
+            asked: Err(Refusal::Expiration),
+        };
+        Turn { request: Box::new(request), failures: 0 }
+    }
+
+    fn status(code: u16, reason: &str, retry_after: u32) -> Value {
+        json!({"status": "Failure", "code": code, "reason": reason, "message": "no",
+            "details": {"retryAfterSeconds": retry_after}})
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_denial_is_one_write_that_names_the_version_it_was_decided_on() {
+        let (answers, sent) =
+            answers(StatusCode::OK, json!({"metadata": {}, "spec": {"request": "", "signerName": ""}}));
+        assert!(matches!(answers.answer(refused(false)).await, Outcome::Answered));
+        let sent = sent.lock().unwrap();
+        let [(method, path, patch)] = sent.as_slice() else { panic!("{sent:?}") };
+        let expected = "/apis/certificates.k8s.io/v1/certificatesigningrequests/csrd-0/approval";
+        assert_eq!((method, path.as_str()), (&Method::PATCH, expected));
+        assert_eq!(patch["metadata"], json!({"resourceVersion": "7"}));
+        let condition = &patch["status"]["conditions"][0];
+        assert_eq!(
+            (condition["type"].as_str(), condition["reason"].as_str()),
+            (Some("Denied"), Some("EXPIRATION_MISSING"))
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_the_api_server_says_decides_what_becomes_of_a_request() {
+        let outcome = async |code: StatusCode, reason: &str, retry_after| {
+            answers(code, status(code.as_u16(), reason, retry_after)).0.answer(refused(false)).await
+        };
+        assert!(matches!(outcome(StatusCode::NOT_FOUND, "NotFound", 0).await, Outcome::Answered));
+        assert!(matches!(outcome(StatusCode::CONFLICT, "Conflict", 0).await, Outcome::Changed));
+        for (code, seconds) in [(403, 0), (422, 0), (429, 7), (500, 0), (503, 60)] {
+            let before = Instant::now();
+            let code = StatusCode::from_u16(code).unwrap();
+            let Outcome::Again(at, request) = outcome(code, "", seconds).await else { panic!("{code}") };
+            assert!(at - before >= Duration::from_secs(seconds.into()).max(Duration::from_millis(200)), "{code}");
+            assert_eq!((request.version.as_str(), request.approved), ("7", false));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn another_request_of_the_same_name_is_not_failed_in_its_place() {
+        let other = json!({"metadata": {"uid": "another"}, "spec": {"request": "", "signerName": ""}});
+        let (answers, sent) = answers(StatusCode::OK, other);
+        assert!(matches!(answers.answer(refused(true)).await, Outcome::Answered));
+        assert!(sent.lock().unwrap().iter().all(|(method, ..)| method == Method::GET));
+    }
+
+    #[test]
+    fn a_message_is_cut_between_characters() {
+        let fits = "x".repeat(MAX_MESSAGE_BYTES);
+        assert_eq!(clipped(fits.clone()), fits);
+        assert_eq!(clipped(format!("{fits}x")), fits);
+        assert_eq!(clipped(format!("{}\u{fc}", &fits[1..])), fits[1..]);
+    }
+}

@@ -1,0 +1,214 @@
+//! `deploy/kubernetes` on a real node, as an operator applies it: nothing is changed but the image.
+
+use std::{fs, path::Path, process::Output};
+
+use k8s_openapi::api::core::v1::Pod;
+use kube::{
+    Api, ResourceExt as _,
+    api::{DeleteParams, ListParams},
+};
+use serde_json::{Value, json};
+use tokio::sync::OnceCell;
+
+use crate::cluster::{RealNode, SHELL_IMAGE, eventually};
+
+const SYSTEM: &str = "csrd-system";
+
+/// The node with agent and controller, approved by the controller.
+async fn deployed() -> &'static RealNode {
+    static DEPLOYED: OnceCell<()> = OnceCell::const_new();
+    let node = RealNode::shared().await;
+    DEPLOYED.get_or_init(|| apply(node, "approval-controller")).await;
+    node
+}
+
+/// `kubectl apply -k` of that folder of `deploy/kubernetes`, with the image of this build, until it runs.
+async fn apply(node: &RealNode, overlay: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    // kustomize takes paths from the folder that it is in, and none that are absolute.
+    let there = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/kubernetes").join(overlay);
+    let up = "../".repeat(folder.path().components().count() - 1);
+    let kustomization = json!({
+        "resources": [format!("{up}{}", there.strip_prefix("/").unwrap().display())],
+        "images": [{"name": "ghcr.io/csrd/csrd", "newName": "csrd.test/csrd", "newTag": "test"}],
+    });
+    fs::write(folder.path().join("kustomization.yaml"), kustomization.to_string()).unwrap();
+    kubectl(node, &["apply", "-k", folder.path().to_str().unwrap()]).await;
+    for part in ["deployment/csrd-controller", "daemonset/csrd-agent"] {
+        let rolled = node.cluster.kubectl(&["-n", SYSTEM, "rollout", "status", part, "--timeout=120s"]).await;
+        if !rolled.status.success() {
+            let logs = node.cluster.kubectl(&["-n", SYSTEM, "logs", part, "--tail=20"]).await;
+            let pods = node.cluster.kubectl(&["-n", SYSTEM, "describe", "pods"]).await;
+            panic!("{part} does not come up: {}\n{}", text(&logs), text(&pods));
+        }
+    }
+}
+
+fn text(output: &Output) -> String {
+    [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned()).concat()
+}
+
+/// What kubectl prints, which must succeed.
+async fn kubectl(node: &RealNode, arguments: &[&str]) -> String {
+    let output = node.cluster.kubectl(arguments).await;
+    assert!(output.status.success(), "kubectl {arguments:?}: {}", text(&output));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Applies one object.
+async fn create(node: &RealNode, object: Value) {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), object.to_string()).unwrap();
+    kubectl(node, &["apply", "-f", file.path().to_str().unwrap()]).await;
+}
+
+/// A policy for the pods of `namespace` that are labelled `app: web`.
+fn policy(namespace: &str) -> Value {
+    json!({
+        "apiVersion": "csrd.dev/v1alpha1",
+        "kind": "CertificatePolicy",
+        "metadata": {"name": namespace},
+        "spec": {
+            "match": {"kubernetes": {"namespaces": [namespace], "podSelector": {"matchLabels": {"app": "web"}}}},
+            "allow": {
+                "dnsNames": [
+                    "{kubernetes.service}.{kubernetes.namespace}.svc",
+                    "{kubernetes.service}.{kubernetes.namespace}.svc.cluster.local",
+                ],
+                "ipAddresses": ["{kubernetes.podIP}"],
+            },
+            "offer": [{"spiffeId":
+                "spiffe://cluster.local/ns/{kubernetes.namespace}/sa/{kubernetes.serviceAccount}"}],
+        },
+    })
+}
+
+/// A pod with a shell, csrd in its path and the socket's folder mounted, labelled `app: web`.
+fn workload(namespace: &str, name: &str, command: &[&str]) -> Value {
+    json!({
+        "metadata": {"namespace": namespace, "name": name, "labels": {"app": "web"}},
+        "spec": {
+            "restartPolicy": "Never",
+            "automountServiceAccountToken": false,
+            "containers": [{
+                "name": "main",
+                "image": SHELL_IMAGE,
+                "command": command,
+                "volumeMounts": [{"name": "csrd", "mountPath": "/run/csrd", "readOnly": true}],
+            }],
+            "volumes": [{"name": "csrd", "hostPath": {"path": "/run/csrd", "type": "Directory"}}],
+        },
+    })
+}
+
+/// A namespace with a policy that is in force, and a Service `web-api` for its pods.
+async fn served(node: &RealNode) -> String {
+    let namespace = node.cluster.namespace(&[]).await;
+    node.cluster.service(&namespace, "web-api", &[("app", "web")]).await;
+    create(node, policy(&namespace)).await;
+    kubectl(node, &["wait", "--for=condition=Accepted", "--timeout=60s", "certificatepolicy", &namespace]).await;
+    namespace
+}
+
+async fn exec(node: &RealNode, namespace: &str, pod: &str, command: &[&str]) -> Output {
+    node.cluster.kubectl(&[&["-n", namespace, "exec", pod, "--"], command].concat()).await
+}
+
+/// What a pod has said, once it contains `wanted`, at least `times`.
+async fn says(node: &RealNode, namespace: &str, pod: &str, wanted: &str, times: usize) -> String {
+    eventually(&format!("{times} of {wanted:?} in the log of {pod}"), async || {
+        let log = text(&node.cluster.kubectl(&["-n", namespace, "logs", pod]).await);
+        (log.matches(wanted).count() >= times).then_some(log)
+    })
+    .await
+}
+
+/// The agent's own word comes within a moment of the policy's, and a first try may come before it.
+async fn issue(node: &RealNode, namespace: &str, pod: &str, command: &[&str]) -> Value {
+    let output = eventually("a certificate", async || {
+        let output = exec(node, namespace, pod, command).await;
+        match output.status.success() {
+            true => Some(output),
+            false if text(&output).contains("NO_POLICY_MATCHES") => None,
+            false => panic!("{command:?}: {}", text(&output)),
+        }
+    })
+    .await;
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+const NAME: &str = "web-api.TEST.svc";
+
+#[tokio::test]
+#[ignore = "needs root and a node: tests/cluster/run"]
+async fn a_pod_gets_its_services_certificate_through_a_request_that_is_gone_afterwards() {
+    let node = deployed().await;
+    let namespace = served(node).await;
+    node.run(workload(&namespace, "web", &["sleep", "infinity"])).await;
+    let name = NAME.replace("TEST", &namespace);
+    let long = format!("{name}.cluster.local");
+    let asked = ["csrd", "issue", "-o", "json", "--dns", &name, "--dns", &long];
+    let issued = issue(node, &namespace, "web", &asked).await;
+    assert_eq!((&issued["policy"], &issued["signer_name"]), (&namespace.clone().into(), &"csrd.dev/workload".into()));
+    let roots =
+        kubectl(node, &["-n", SYSTEM, "get", "configmap", "csrd-trust-bundle", "-o", "jsonpath={.data.ca\\.crt}"])
+            .await;
+    assert_eq!(issued["trust_bundle"].as_str().unwrap().trim(), roots.trim(), "what the controller publishes");
+    let left = eventually("no request is left", async || {
+        let left = kubectl(node, &["get", "csr", "-l", "app.kubernetes.io/managed-by=csrd", "-o", "name"]).await;
+        left.is_empty().then_some(())
+    });
+    left.await;
+    let refused = exec(node, &namespace, "web", &["csrd", "issue", "--dns", "db.production.svc"]).await;
+    assert_eq!(refused.status.code(), Some(77), "{}", text(&refused));
+    assert!(text(&refused).contains("NAME_NOT_ALLOWED"), "{}", text(&refused));
+}
+
+#[tokio::test]
+#[ignore = "needs root and a node: tests/cluster/run"]
+async fn a_subscriber_outlives_its_agent_and_ends_with_its_right() {
+    let node = deployed().await;
+    let namespace = served(node).await;
+    // Started before any policy is known to match, it would be refused and end: so it asks until it is answered.
+    let watch =
+        "until csrd watch --dir /tmp/certs -o json; do [ $? = 77 ] && [ -e /tmp/certs ] && exit 77; sleep 1; done";
+    node.run(workload(&namespace, "label", &["sh", "-c", watch])).await;
+    node.run(workload(&namespace, "policy", &["sh", "-c", watch])).await;
+    for pod in ["label", "policy"] {
+        says(node, &namespace, pod, "\"event\":\"written\"", 1).await;
+    }
+    let agents: Api<Pod> = Api::namespaced(node.cluster.admin().await, SYSTEM);
+    let of_agents = ListParams::default().labels("app.kubernetes.io/component=agent");
+    for agent in agents.list(&of_agents).await.unwrap() {
+        agents.delete(&agent.name_any(), &DeleteParams::default()).await.unwrap();
+    }
+    for pod in ["label", "policy"] {
+        says(node, &namespace, pod, "\"event\":\"disconnected\"", 1).await;
+        says(node, &namespace, pod, "\"event\":\"written\"", 2).await;
+    }
+    kubectl(node, &["-n", &namespace, "label", "pod", "label", "app-"]).await;
+    says(node, &namespace, "label", "NO_POLICY_MATCHES", 1).await;
+    let other = text(&node.cluster.kubectl(&["-n", &namespace, "logs", "policy"]).await);
+    assert!(!other.contains("refused"), "the other pod's label is as it was: {other}");
+    kubectl(node, &["delete", "certificatepolicy", &namespace]).await;
+    says(node, &namespace, "policy", "NO_POLICY_MATCHES", 1).await;
+}
+
+/// The API server takes no shorter lifetime than ten minutes, so this waits for the better part of them.
+#[tokio::test]
+#[ignore = "needs root and a node: tests/cluster/run"]
+async fn a_subscriber_sees_its_renewal() {
+    let node = deployed().await;
+    let namespace = served(node).await;
+    let watch = "until csrd watch --dir /tmp/certs -o json --lifetime 10m; do sleep 1; done";
+    node.run(workload(&namespace, "web", &["sh", "-c", watch])).await;
+    says(node, &namespace, "web", "\"event\":\"written\"", 1).await;
+    for _ in 0..4 {
+        let log = text(&node.cluster.kubectl(&["-n", &namespace, "logs", "web"]).await);
+        if log.contains("\"event\":\"renewed\"") {
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_secs(120)).await;
+    }
+    says(node, &namespace, "web", "\"event\":\"renewed\"", 1).await;
+}

@@ -1,5 +1,7 @@
 //! Trust bundles where people publish them: files, ConfigMaps and ClusterTrustBundles of a real API server.
 
+#![allow(clippy::disallowed_methods, reason = "a follower is owned by its test's runtime")]
+
 use std::{fs, sync::Arc, time::Duration};
 
 use csrd::{

@@ -63,7 +63,7 @@
 //! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `kubernetes`, `metrics`, `backoff`, `telemetry` |
 //! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock` |
 //! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `rate`, `metrics`, `telemetry`, `attest::pods` |
-//! | `server` | `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `hub`, `metrics`, `telemetry`, `issue` |
+//! | `server` | `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `issue`, `hub`, `metrics`, `telemetry` |
 //! | `controller` | `attest::pods`, `attest::workload`, `policy`, `policy::watch`, `x509`, `signer`, `kubernetes`, `clock`, `backoff`, `rate`, `metrics`, `telemetry` |
 //! | `client` | `proto`, `socket`, `backoff`, `telemetry` |
 //! | `config` | `controller`, `policy`, `signer`, `files`, `socket`, `telemetry`, `kubernetes`, `trust` |

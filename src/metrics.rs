@@ -104,7 +104,7 @@ impl Metrics {
         let families = Families {
             attest: Outcomes::add(r, "attest", "Attestations of a caller", ["ok", "refused"]),
             decisions: Outcomes::add(r, "decisions", "Policy decisions", ["granted", "denied"]),
-            issuances: add(r, "issuances", "Attempts to get a certificate signed", None, Family::default()),
+            issuances: plain(r, "issuances", "Attempts to get a certificate signed"),
             issuance_duration: add(
                 r,
                 "issuance_duration",
@@ -113,24 +113,12 @@ impl Metrics {
                 Family::new_with_constructor(|| Histogram::new(DURATION_BUCKETS_SECONDS)),
             ),
             renewals: Outcomes::add(r, "renewals", "Renewals of a delivered credential", ["ok", "error"]),
-            credentials: add(r, "credentials", "Live credentials", None, Gauge::default()),
-            subscribers: add(
-                r,
-                "subscribers",
-                "Open streams that follow a credential or roots",
-                None,
-                Gauge::default(),
-            ),
-            connections: add(r, "connections", "Open connections to the socket", None, Gauge::default()),
-            connections_refused: add(
-                r,
-                "connections_refused",
-                "Connections closed before they were served",
-                None,
-                Family::default(),
-            ),
-            policy_loads: add(r, "policy_loads", "Loads of the policy set", None, Family::default()),
-            policy_generation: add(r, "policy_generation", "Number of the policy set in force", None, Gauge::default()),
+            credentials: plain(r, "credentials", "Live credentials"),
+            subscribers: plain(r, "subscribers", "Open streams that follow a credential or roots"),
+            connections: plain(r, "connections", "Open connections to the socket"),
+            connections_refused: plain(r, "connections_refused", "Connections closed before they were served"),
+            policy_loads: plain(r, "policy_loads", "Loads of the policy set"),
+            policy_generation: plain(r, "policy_generation", "Number of the policy set in force"),
             ca_not_after: add(
                 r,
                 "ca_not_after",
@@ -139,8 +127,8 @@ impl Metrics {
                 Family::default(),
             ),
             csr_verdicts: Outcomes::add(r, "csr_verdicts", "Verdicts of the controller", ["approved", "refused"]),
-            csr_waiting: add(r, "csr_waiting", "Requests that wait for their turn", None, Gauge::default()),
-            leading: add(r, "leading", "Whether this replica leads", None, Gauge::default()),
+            csr_waiting: plain(r, "csr_waiting", "Requests that wait for their turn"),
+            leading: plain(r, "leading", "Whether this replica leads"),
             earliest_expiry: add(
                 r,
                 "credential_earliest_expiry",
@@ -148,13 +136,7 @@ impl Metrics {
                 seconds.clone(),
                 Timestamp::default(),
             ),
-            api_requests: add(
-                r,
-                "api_requests",
-                "Requests about CertificateSigningRequests to the API server",
-                None,
-                Family::default(),
-            ),
+            api_requests: plain(r, "api_requests", "Requests about CertificateSigningRequests to the API server"),
             api_request_duration: add(
                 r,
                 "api_request_duration",
@@ -360,6 +342,11 @@ fn add<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, unit:
         None => registry.register(name, help, metric.clone()),
     }
     metric
+}
+
+/// As [`add`], for what has no unit and begins at nothing.
+fn plain<M: Metric + Clone + Default>(registry: &mut Registry, name: &str, help: &str) -> M {
+    add(registry, name, help, None, M::default())
 }
 
 fn unix_seconds(time: SystemTime) -> f64 {

@@ -375,7 +375,9 @@ async fn bounds_are_counted_for_each_pod_and_not_for_the_user_that_all_run_as() 
         callers.push(caller);
     }
     let refused = node.caller_in(&web).who("").await;
-    assert!(refused == "nothing more" || refused.contains("Unavailable"), "one past the bound: {refused}");
+    // Closed before it was served: what the client makes of that depends on how far it has come.
+    let closed = ["nothing more", "Unavailable", "BrokenPipe", "ConnectionReset"];
+    assert!(closed.iter().any(|word| refused.contains(word)), "one past the bound: {refused}");
     assert_eq!(node.caller_in(&other).who("").await, other.uid().unwrap());
     assert_eq!(node.caller("csrd-test.slice/web.service").who("").await, "0");
     node.end().await;

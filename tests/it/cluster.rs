@@ -342,8 +342,8 @@ impl ControlPlane {
 
     pub(crate) async fn kubectl_as(&self, kubeconfig: &Path, arguments: &[&str]) -> Output {
         let mut command = tokio::process::Command::new(&self.binary);
-        command.arg("kubectl").arg("--kubeconfig").arg(kubeconfig).args(arguments);
-        command.arg("--cache-dir").arg(self.processes.folder().join("kubectl"));
+        command.arg("kubectl").arg("--kubeconfig").arg(kubeconfig);
+        command.arg("--cache-dir").arg(self.processes.folder().join("kubectl")).args(arguments);
         command.output().await.unwrap()
     }
 

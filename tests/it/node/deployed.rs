@@ -1,6 +1,6 @@
 //! `deploy/kubernetes` on a real node, as an operator applies it: nothing is changed but the image.
 
-use std::{fs, path::Path, process::Output};
+use std::{fs, path::Path, process::Output, time::Duration};
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::{
@@ -117,11 +117,22 @@ async fn exec(node: &RealNode, namespace: &str, pod: &str, command: &[&str]) -> 
 
 /// What a pod has said, once it contains `wanted`, at least `times`.
 async fn says(node: &RealNode, namespace: &str, pod: &str, wanted: &str, times: usize) -> String {
-    eventually(&format!("{times} of {wanted:?} in the log of {pod}"), async || {
-        let log = text(&node.cluster.kubectl(&["-n", namespace, "logs", pod]).await);
-        (log.matches(wanted).count() >= times).then_some(log)
-    })
-    .await
+    let mut log = String::new();
+    let look = async {
+        loop {
+            log = text(&node.cluster.kubectl(&["-n", namespace, "logs", pod]).await);
+            if log.matches(wanted).count() >= times {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(250)).await;
+        }
+    };
+    if tokio::time::timeout(Duration::from_secs(60), look).await.is_err() {
+        let agents =
+            text(&node.cluster.kubectl(&["-n", SYSTEM, "logs", "-l", "app.kubernetes.io/component=agent"]).await);
+        panic!("{pod} never says {wanted:?} {times} times, but: {log}\nthe agent says: {agents}");
+    }
+    log
 }
 
 /// The agent's own word comes within a moment of the policy's, and a first try may come before it.
@@ -209,7 +220,7 @@ async fn a_subscriber_sees_its_renewal() {
         if log.contains("\"event\":\"renewed\"") {
             return;
         }
-        tokio::time::sleep(std::time::Duration::from_secs(120)).await;
+        tokio::time::sleep(Duration::from_secs(120)).await;
     }
     says(node, &namespace, "web", "\"event\":\"renewed\"", 1).await;
 }

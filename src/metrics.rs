@@ -46,6 +46,7 @@ const DURATION_BUCKETS_SECONDS: [f64; 14] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 15.0, 60.0];
 
 type Timestamp = Gauge<f64, AtomicU64>;
+type Durations<L> = Family<L, Histogram, fn() -> Histogram>;
 
 /// All metrics; clones share them.
 #[derive(Clone, Debug)]
@@ -83,14 +84,14 @@ pub struct Families {
     /// `csrd_leading`; see [`counted`].
     pub leading: Gauge,
     issuances: Family<SignerOutcome, Counter>,
-    issuance_duration: Family<SignerName, Histogram, fn() -> Histogram>,
+    issuance_duration: Durations<SignerName>,
     connections_refused: Family<Reason, Counter>,
     policy_loads: Family<LoadResult, Counter>,
     policy_generation: Gauge,
     ca_not_after: Family<SignerName, Timestamp>,
     earliest_expiry: Timestamp,
     api_requests: Family<ApiOutcome, Counter>,
-    api_request_duration: Family<Verb, Histogram, fn() -> Histogram>,
+    api_request_duration: Durations<Verb>,
 }
 
 impl Metrics {
@@ -105,13 +106,7 @@ impl Metrics {
             attest: Outcomes::add(r, "attest", "Attestations of a caller", ["ok", "refused"]),
             decisions: Outcomes::add(r, "decisions", "Policy decisions", ["granted", "denied"]),
             issuances: add(r, "issuances", "Attempts to get a certificate signed", None, Family::default()),
-            issuance_duration: add(
-                r,
-                "issuance_duration",
-                "Time of one attempt to get a certificate signed",
-                seconds.clone(),
-                Family::new_with_constructor(|| Histogram::new(DURATION_BUCKETS_SECONDS)),
-            ),
+            issuance_duration: durations(r, "issuance_duration", "Time of one attempt to get a certificate signed"),
             renewals: Outcomes::add(r, "renewals", "Renewals of a delivered credential", ["ok", "error"]),
             credentials: add(r, "credentials", "Live credentials", None, Gauge::default()),
             subscribers: add(
@@ -145,7 +140,7 @@ impl Metrics {
                 r,
                 "credential_earliest_expiry",
                 "First end of a live credential, Unix time",
-                seconds.clone(),
+                seconds,
                 Timestamp::default(),
             ),
             api_requests: add(
@@ -155,12 +150,10 @@ impl Metrics {
                 None,
                 Family::default(),
             ),
-            api_request_duration: add(
+            api_request_duration: durations(
                 r,
                 "api_request_duration",
                 "Time of one request about a CertificateSigningRequest",
-                seconds,
-                Family::new_with_constructor(|| Histogram::new(DURATION_BUCKETS_SECONDS)),
             ),
             registry,
         };
@@ -360,6 +353,15 @@ fn add<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, unit:
         None => registry.register(name, help, metric.clone()),
     }
     metric
+}
+
+/// Registers a histogram of durations for each value of a label.
+fn durations<L>(registry: &mut Registry, name: &str, help: &str) -> Durations<L>
+where
+    L: Clone + Eq + std::hash::Hash + EncodeLabelSet + std::fmt::Debug + Send + Sync + 'static,
+{
+    let family: Durations<L> = Family::new_with_constructor(|| Histogram::new(DURATION_BUCKETS_SECONDS));
+    add(registry, name, help, Some(Unit::Seconds), family)
 }
 
 fn unix_seconds(time: SystemTime) -> f64 {

@@ -25,7 +25,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{Instrument as _, Span, field::Empty};
 
 use super::failure::{ApiError, said};
-use crate::{metrics::Metrics, telemetry};
+use crate::metrics::Metrics;
 
 /// How long one request may take.
 pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -163,21 +163,17 @@ fn span(verb: &'static str) -> Span {
         otel.kind = "client",
         otel.status_code = Empty,
         http.response.status_code = Empty,
-        k8s.audit_id = Empty,
+        csrd.audit_id = Empty,
     )
 }
 
 /// One request and its whole answer, within the current span.
-async fn exchange(client: &Client, mut request: http::Request<Vec<u8>>) -> Result<Bytes, ApiError> {
+async fn exchange(client: &Client, request: http::Request<Vec<u8>>) -> Result<Bytes, ApiError> {
     let span = Span::current();
-    telemetry::inject(request.headers_mut());
     let response = client.send(request.map(Body::from)).await.map_err(ApiError::of_client)?;
     let (head, body) = response.into_parts();
     let code = head.status.as_u16();
     span.record("http.response.status_code", code);
-    if let Some(id) = head.headers.get("audit-id").and_then(|id| id.to_str().ok()) {
-        span.record("k8s.audit_id", id);
-    }
     let body = Limited::new(body, MAX_ANSWER_BYTES).collect().await;
     let body = body.map_err(|error| ApiError::Unreachable(said(&error.to_string())))?.to_bytes();
     if head.status.is_success() {

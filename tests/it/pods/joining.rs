@@ -49,7 +49,7 @@ impl Joining {
     }
 
     /// Checks that it does not come up.
-    async fn is_refused(mut self, code: i32, words: &str) {
+    async fn expect_refusal(mut self, code: i32, words: &str) {
         let ended = self.ends().await;
         assert!(self.said().contains(words), "{:?} does not say {words:?}", self.said());
         assert_eq!(ended.code(), Some(code));
@@ -64,14 +64,14 @@ async fn the_node_is_the_one_of_the_agents_token_and_a_conflict_refuses_to_start
     let pod = cluster.pod(&namespace, "agent", &node, "default", &[]).await;
     let bound = cluster.access.kubeconfig(&Identity::Token(cluster.token(&pod, &[]).await));
     let conflict = format!("the agent's token is of node {node:?}, and \"elsewhere\" is configured");
-    Joining::start(&bound, &["--node", "elsewhere"]).is_refused(64, &conflict).await;
+    Joining::start(&bound, &["--node", "elsewhere"]).expect_refusal(64, &conflict).await;
     let unbound = cluster.unbound_token(&namespace, "default", &[]).await;
     let unbound = cluster.access.kubeconfig(&Identity::Token(unbound));
-    Joining::start(&unbound, &[]).is_refused(64, "the agent's token names no node; name it with --node").await;
+    Joining::start(&unbound, &[]).expect_refusal(64, "the agent's token names no node; name it with --node").await;
     let nobody = cluster.access.kubeconfig(&Identity::Token("made.up".to_owned()));
-    Joining::start(&nobody, &[]).is_refused(1, "the API server does not say who the agent is: Unauthorized").await;
+    Joining::start(&nobody, &[]).expect_refusal(1, "the API server does not say who the agent is: Unauthorized").await;
     let (nowhere, folder) = ("kubeconfig", tempfile::tempdir().unwrap());
-    Joining::start(&folder.path().join(nowhere), &[]).is_refused(64, nowhere).await;
+    Joining::start(&folder.path().join(nowhere), &[]).expect_refusal(64, nowhere).await;
 }
 
 #[tokio::test]

@@ -157,7 +157,7 @@ async fn a_busy_api_server_is_asked_again_when_it_said() {
     let Some((rig, proxy)) = behind_proxy().await else { return };
     let signer = rig.built_in();
     proxy.fail(Method::POST, REQUESTS, 1, Fault::too_many_requests(1));
-    proxy.fail(Method::GET, REQUESTS, 1, Fault::too_many_requests(1));
+    proxy.fail(Method::GET, "watch=true", 1, Fault::too_many_requests(1));
     let began = Instant::now();
     rig.attempt(&signer, |name| rig.approve(name)).await.unwrap();
     assert!(began.elapsed() >= Duration::from_secs(1));

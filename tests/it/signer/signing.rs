@@ -12,6 +12,7 @@ use std::{
 use csrd::{
     clock::Clock,
     issue::IssueError,
+    kubernetes::Identity,
     signer::{Sign as _, Stage},
     x509::{Csr, KeyAlgorithm, Names, PrivateKey, Usages, VerifyError},
 };
@@ -143,6 +144,11 @@ async fn attempts_side_by_side_share_one_connection() {
     let (access, connections) = counting(cluster).await;
     let (pod, identity) = agent(cluster).await;
     let rig = Rig::of(cluster, &access, identity, &pod, Clock::system()).await;
+    // As an agent does first. Requests that find no connection each open one, and all but one are closed again; the first
+    // look for orphans may be such a one.
+    Identity::ask(&rig.client).await.unwrap();
+    let before = connections.load(Ordering::Relaxed);
+    assert!(before <= 2, "{before}");
     let signer = rig.built_in();
     let together = Barrier::new(16);
     let attempts = (0..16).map(|_| {
@@ -154,7 +160,7 @@ async fn attempts_side_by_side_share_one_connection() {
     for issued in futures_util::future::join_all(attempts).await {
         issued.unwrap();
     }
-    assert_eq!(connections.load(Ordering::Relaxed), 1);
+    assert_eq!(connections.load(Ordering::Relaxed), before);
 }
 
 /// What a signer of the test's own wrote into the status of a request that was granted, and what became of it.
@@ -197,7 +203,8 @@ async fn what_a_signer_writes_is_not_believed() {
     let Some(rig) = Rig::new().await else { return };
     let (authority, stranger) = (Authority::new(), Authority::new());
     let chain = |leaf: String| format!("{leaf}{}", authority.intermediate);
-    let cases: Vec<(&str, u64, Box<dyn Fn(String) -> String>)> = vec![
+    type Edit<'a> = Box<dyn Fn(String) -> String + 'a>;
+    let cases: Vec<(&str, u64, Edit<'_>)> = vec![
         ("for longer than granted", 2 * 3600, Box::new(chain)),
         (
             "no part of the path",

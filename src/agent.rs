@@ -231,8 +231,9 @@ fn attestor(cluster: Option<Cluster>) -> io::Result<Attestor> {
     Ok(attestor)
 }
 
-/// Puts each set of policies in force once the facts that it asks for are there, so that nothing is refused for a fact
-/// that has only not been read yet.
+/// Puts each set of policies in force before anybody can be refused for a fact that it asks for and that has only not been
+/// read yet. No pod is told before all facts of the first set are there, so that one is in force at once; a later one waits
+/// for its facts under the set before it.
 async fn put_in_force(
     mut read: watch::Receiver<Arc<PolicySet>>,
     mut synced: watch::Receiver<bool>,
@@ -244,15 +245,21 @@ async fn put_in_force(
         if synced.wait_for(|synced| *synced).await.is_err() {
             return std::future::pending().await;
         }
+        let mut told = false;
         loop {
             let policies = read.borrow_and_update().clone();
             let services = policies.needs_services();
+            if !told {
+                in_force.send_replace(policies.clone());
+            }
             // What the old policies ask for stays until they are out of force.
             pods.want_services(services || in_force.borrow().needs_services());
             tokio::select! {
                 biased;
                 () = pods.until_synced() => {
-                    in_force.send_replace(policies);
+                    if std::mem::replace(&mut told, true) {
+                        in_force.send_replace(policies);
+                    }
                     pods.want_services(services);
                 }
                 Ok(()) = read.changed() => continue,

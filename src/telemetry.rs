@@ -52,6 +52,9 @@ use variables::Traces;
 /// The longest that [`Telemetry::shutdown`] waits for the collector.
 pub const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Targets that are silent unless the filter names them: what fails there is an error here, which is logged once, with its
+/// reason and without the dump of an answer.
+const SILENT: &str = "kube_client=off,kube_runtime=off";
 /// The target that our spans are made under, as are those of the modules below it.
 const TARGET: &str = "csrd";
 
@@ -140,8 +143,8 @@ impl Telemetry {
             Some(traces) => Some(provider(traces, late.clone())?),
             None => None,
         };
-        let filter: Targets =
-            log.filter.parse().map_err(|source| TelemetryError::Filter { filter: log.filter.clone(), source })?;
+        let filter = format!("{SILENT},{}", log.filter).parse::<Targets>();
+        let filter = filter.map_err(|source| TelemetryError::Filter { filter: log.filter.clone(), source })?;
         // Without spans to send the filter stands before everything, so that what it refuses is never evaluated.
         let dispatch = match &traces {
             Some(provider) => Dispatch::new(

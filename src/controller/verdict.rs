@@ -64,7 +64,7 @@ pub(super) struct Request {
 #[derive(Debug)]
 pub(super) enum Asked {
     /// A certificate for a pod.
-    Pod(Claim),
+    Pod(Box<Claim>),
     /// A kubelet's own.
     Kubelet(Kubelet),
 }
@@ -142,7 +142,8 @@ pub(super) fn screen(object: CertificateSigningRequest, rules: &Rules) -> Option
         asked: match kubelet {
             Some(kubelet) => Ok(Asked::Kubelet(kubelet)),
             None if agents && labelled => {
-                token.and_then(|(node, pod)| Claim::read(node, pod, spec, &annotations, rules)).map(Asked::Pod)
+                let claim = token.and_then(|(node, pod)| Claim::read(node, pod, spec, &annotations, rules));
+                claim.map(|claim| Asked::Pod(Box::new(claim)))
             }
             None => Err(Refusal::NotAnAgent { account: format!("{}/{}", rules.agent.0, rules.agent.1) }),
         },

@@ -116,7 +116,7 @@ impl Kubernetes {
         let name = csr.metadata.name.clone().expect("it has just been given one");
         let span = tracing::debug_span!("csr", k8s.csr.name = name);
         let certificate = self.certificate(&name, &csr, grant, progress).instrument(span).await?;
-        Ok(chain(&certificate, &roots)?)
+        chain(&certificate, &roots)
     }
 
     /// The certificate for `csr`, as somebody wrote it into its status.

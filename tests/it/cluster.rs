@@ -347,6 +347,17 @@ impl ControlPlane {
         command.output().await.unwrap()
     }
 
+    /// Whether the API server serves this resource, as one of an older minor may not; if it does not, says so, since part
+    /// of the test is left out then.
+    pub(crate) async fn serves(&self, api_version: &str, resource: &str) -> bool {
+        let group = self.admin().await.list_api_group_resources(api_version).await.unwrap();
+        let served = group.resources.iter().any(|it| it.name == resource);
+        if !served {
+            say(&format!("no {resource} of {api_version} to test with: {}", test()));
+        }
+        served
+    }
+
     /// The link before etcd, with [`Options::slow_etcd`].
     pub(crate) fn etcd_link(&self) -> &SlowLink {
         self.etcd_link.as_ref().expect("Options::slow_etcd")
@@ -385,10 +396,13 @@ pub(crate) async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Opt
 fn left_out() -> bool {
     let left_out = variable(SWITCH).is_some_and(|value| value == "off");
     if left_out {
-        let test = std::thread::current().name().unwrap_or("a test").to_owned();
-        say(&format!("left out by {SWITCH}=off: {test}"));
+        say(&format!("left out by {SWITCH}=off: {}", test()));
     }
     left_out
+}
+
+fn test() -> String {
+    std::thread::current().name().unwrap_or("a test").to_owned()
 }
 
 fn variable(name: &str) -> Option<String> {

@@ -43,6 +43,8 @@ pub(super) async fn follow<K, T>(
     let what = K::plural(&());
     while let Some(event) = events.next().await {
         match event {
+            // Comes before each try of a list, and so says nothing yet.
+            Ok(Event::Init) => listed = Vec::new(),
             Ok(event) => {
                 if std::mem::take(&mut failures) > 0 {
                     tracing::info!(%what, "the API server tells again");
@@ -50,9 +52,8 @@ pub(super) async fn follow<K, T>(
                 match event {
                     Event::Apply(object) => apply(Change::Put(read(object))),
                     Event::Delete(object) => apply(Change::Gone(read(object))),
-                    Event::Init => listed = Vec::new(),
                     Event::InitApply(object) => listed.push(read(object)),
-                    Event::InitDone => apply(Change::All(std::mem::take(&mut listed))),
+                    Event::Init | Event::InitDone => apply(Change::All(std::mem::take(&mut listed))),
                 }
             }
             Err(error) => {

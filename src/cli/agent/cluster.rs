@@ -5,13 +5,17 @@ use std::{sync::Arc, time::Duration};
 
 use kube::Client;
 use rand::{SeedableRng as _, rngs::StdRng};
-use tokio::{sync::watch, time::sleep};
+use tokio::{
+    sync::watch,
+    time::{sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     agent::{Background, Cluster},
     attest::{Pods, pods::Scope, token::Tokens},
     backoff::Backoff,
+    cli::UsageError,
     clock::Clock,
     config::{ClusterSigner, Kubernetes},
     kubernetes::{self, Identity},
@@ -24,6 +28,8 @@ use crate::{
     trust,
 };
 
+/// How long the API server may take to say who the agent is.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between tries to ask the API server who the agent is.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(10));
 
@@ -42,9 +48,9 @@ pub(super) async fn join(
     metrics: &Metrics,
     stop: &CancellationToken,
 ) -> anyhow::Result<Option<InCluster>> {
-    let client = kubernetes::connect(config.kubeconfig.as_deref()).await?;
+    let client = kubernetes::connect(config.kubeconfig.as_deref()).await.map_err(UsageError::of)?;
     let Some(identity) = stop.run_until_cancelled(identity(&client)).await.transpose()? else { return Ok(None) };
-    let node = identity.node(config.node.as_deref())?;
+    let node = identity.node(config.node.as_deref()).map_err(UsageError::of)?;
     tracing::info!(user = identity.username, node, "the API server knows the agent");
     let pods = Pods::new(Scope::Node(node.clone()), clock.clone());
     let tokens = Tokens::new(client.clone(), config.audience.clone(), node.clone());
@@ -95,17 +101,16 @@ async fn signers(
 async fn identity(client: &Client) -> anyhow::Result<Identity> {
     let (mut failures, mut random) = (0, StdRng::from_os_rng());
     loop {
-        match Identity::ask(client).await {
-            Err(error) if kubernetes::is_transient(&error) => {
-                failures += 1;
-                tracing::warn!(
-                    error = kubernetes::said(&error),
-                    "waits for the API server, to be told who the agent is"
-                );
-                sleep(RETRY.delay(failures, &mut random)).await;
+        let why = match timeout(ANSWER_TIMEOUT, Identity::ask(client)).await {
+            Ok(Ok(identity)) => return Ok(identity),
+            Ok(Err(error)) if kubernetes::is_transient(&error) => kubernetes::said(&error),
+            Ok(Err(error)) => {
+                anyhow::bail!("the API server does not say who the agent is: {}", kubernetes::said(&error))
             }
-            Err(error) => anyhow::bail!("the API server does not say who the agent is: {}", kubernetes::said(&error)),
-            Ok(identity) => return Ok(identity),
-        }
+            Err(_) => format!("no answer within {} s", ANSWER_TIMEOUT.as_secs()),
+        };
+        failures += 1;
+        tracing::warn!(why, "waits for the API server, to be told who the agent is");
+        sleep(RETRY.delay(failures, &mut random)).await;
     }
 }

@@ -37,7 +37,8 @@ async fn apply(node: &RealNode, overlay: &str) {
     for part in ["deployment/csrd-controller", "daemonset/csrd-agent"] {
         let rolled = node.cluster.kubectl(&["-n", SYSTEM, "rollout", "status", part, "--timeout=120s"]).await;
         if !rolled.status.success() {
-            let logs = node.cluster.kubectl(&["-n", SYSTEM, "logs", part, "--tail=20"]).await;
+            let logs = ["-n", SYSTEM, "logs", "-l", "app.kubernetes.io/name=csrd", "--tail=20", "--prefix"];
+            let logs = node.cluster.kubectl(&logs).await;
             let pods = node.cluster.kubectl(&["-n", SYSTEM, "describe", "pods"]).await;
             panic!("{part} does not come up: {}\n{}", text(&logs), text(&pods));
         }

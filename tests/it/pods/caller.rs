@@ -375,7 +375,9 @@ async fn bounds_are_counted_for_each_pod_and_not_for_the_user_that_all_run_as() 
         callers.push(caller);
     }
     let refused = node.caller_in(&web).who("").await;
-    assert!(refused == "nothing more" || refused.contains("Unavailable"), "one past the bound: {refused}");
+    // Closed before it was served: what the client makes of that depends on how far it has come.
+    let closed = ["nothing more", "Unavailable", "BrokenPipe", "ConnectionReset"];
+    assert!(closed.iter().any(|word| refused.contains(word)), "one past the bound: {refused}");
     assert_eq!(node.caller_in(&other).who("").await, other.uid().unwrap());
     assert_eq!(node.caller("csrd-test.slice/web.service").who("").await, "0");
     node.end().await;
@@ -402,10 +404,12 @@ async fn a_pod_that_is_not_known_yet_is_waited_for() {
     let unknown = "11111111-2222-3333-4444-555555555555";
     assert_eq!(node.caller(&cgroup_of(unknown, &new_container())).who("").await, "POD_UNKNOWN");
     let web = node.pod("web").await;
-    node.followed.workload(&web).await;
+    let mut caller = node.caller_in(&web);
+    assert_eq!(caller.who("").await, web.uid().unwrap(), "it may be the first to tell");
     node.cluster.delete_pod(&web).await;
     node.followed.until_gone(&web).await;
-    assert_eq!(node.caller_in(&web).who("").await, "POD_UNKNOWN", "a pod that was deleted");
+    assert_eq!(caller.who("").await, "POD_UNKNOWN", "what was proven a moment ago does not hold for a deleted pod");
+    assert_eq!(node.caller_in(&web).who("").await, "POD_UNKNOWN");
     node.end().await;
 }
 

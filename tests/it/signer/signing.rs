@@ -203,7 +203,8 @@ async fn what_a_signer_writes_is_not_believed() {
     let Some(rig) = Rig::new().await else { return };
     let (authority, stranger) = (Authority::new(), Authority::new());
     let chain = |leaf: String| format!("{leaf}{}", authority.intermediate);
-    let cases: Vec<(&str, u64, Box<dyn Fn(String) -> String>)> = vec![
+    type Edit<'a> = Box<dyn Fn(String) -> String + 'a>;
+    let cases: Vec<(&str, u64, Edit<'_>)> = vec![
         ("for longer than granted", 2 * 3600, Box::new(chain)),
         (
             "no part of the path",

@@ -156,9 +156,10 @@ fn of_issue(error: &IssueError) -> Code {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
+    use std::{collections::BTreeSet, sync::Arc};
 
     use super::*;
+    use crate::signer::kubernetes::ApiError;
 
     /// Texts in quotes, in code or in backticks.
     fn reasons(text: &str, quote: char) -> Vec<String> {
@@ -208,6 +209,28 @@ mod tests {
             }
         }
         assert_eq!(table, made);
+    }
+
+    #[test]
+    fn a_cluster_that_brings_no_certificate_is_no_refusal_unless_its_approver_refuses() {
+        let api = |source| KubernetesError::Api { action: "create", source };
+        let signer = || "example.org/own".to_owned();
+        for (error, code) in [
+            (KubernetesError::Denied { said: String::new() }, Code::PermissionDenied),
+            (KubernetesError::OtherNames { granted: String::new() }, Code::InvalidArgument),
+            (KubernetesError::NotAPod { signer: signer() }, Code::FailedPrecondition),
+            (KubernetesError::Failed { signer: signer(), said: String::new() }, Code::FailedPrecondition),
+            (api(ApiError::Invalid(String::new())), Code::FailedPrecondition),
+            (api(ApiError::Forbidden(String::new())), Code::Unavailable),
+            (api(ApiError::Timeout), Code::Unavailable),
+            (KubernetesError::NotApproved { signer: signer() }, Code::Unavailable),
+            (KubernetesError::NotSigned { signer: signer() }, Code::Unavailable),
+            (KubernetesError::Deleted, Code::Unavailable),
+        ] {
+            let reason = error.reason();
+            let refusal = Refusal::from(&HubError::Issue(Arc::new(IssueError::Sign(error.into()))));
+            assert_eq!((refusal.code, refusal.reason), (code, reason));
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::{fs, sync::Arc, time::Duration};
 
 use csrd::{
     kubernetes::connect,
-    trust::{Source, follow},
+    trust::{FILE_INTERVAL, Source, follow},
     x509::Bundle,
 };
 use k8s_openapi::api::{certificates::v1::ClusterTrustBundle, core::v1::ConfigMap};
@@ -51,7 +51,7 @@ impl Followed {
         timeout(PATIENCE, becomes).await.expect("the bundle is read").unwrap();
     }
 
-    /// The bundle is still what `pem` holds, after all that was done before `marker` was.
+    /// The bundle is still what `pem` holds.
     fn is(&self, pem: &str) {
         assert_eq!(**self.bundle.borrow(), Bundle::from_pem(pem.as_bytes()).unwrap());
     }
@@ -134,7 +134,7 @@ async fn a_file_is_read_again_when_it_changes() {
     fs::write(&path, &first).unwrap();
     bundle.becomes(&first).await;
     fs::write(&path, "broken").unwrap();
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    tokio::time::sleep(FILE_INTERVAL + Duration::from_secs(1)).await;
     bundle.is(&first);
     fs::write(&path, &second).unwrap();
     bundle.becomes(&second).await;

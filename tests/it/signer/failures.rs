@@ -14,7 +14,7 @@ use kube::ResourceExt as _;
 use serde_json::json;
 use tokio::sync::mpsc;
 
-use super::rig::{Rig, agent, grant, may};
+use super::rig::{PATIENCE, Rig, agent, grant, may};
 use crate::cluster::{ControlPlane, Fault, FaultProxy, Identity, unique};
 
 const REQUESTS: &str = "/certificatesigningrequests";
@@ -190,9 +190,12 @@ async fn a_creation_without_an_answer_leaves_nothing_behind() {
     let signer = rig.built_in();
     proxy.fail(Method::POST, REQUESTS, 1, Fault::LoseAnswer);
     check(rig.attempt(&signer, nothing).await, "API_UNREACHABLE", true, "cannot be reached");
-    while !rig.mine().await.is_empty() {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    let gone = async {
+        while !rig.mine().await.is_empty() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, gone).await.expect("the request is deleted");
     let deletions = proxy.seen().into_iter().filter(|(method, _)| method == Method::DELETE).count();
     assert_eq!(deletions, 1, "the request was there, and one deletion was for it");
 }

@@ -2,7 +2,7 @@
 //! and publishes the roots.
 //!
 //! Agents only create requests, so a stolen agent token is worth what this lets through: certificates for pods on its own
-//! node, within policy. Nothing that an agent says is believed; [`verdict`] compares it with what the API server wrote and
+//! node, within policy. Nothing that an agent says is believed; `verdict` compares it with what the API server wrote and
 //! with the live pod, and decides by the same policies as the agent. One replica leads and does all the writing; the
 //! others have the same pods and policies at hand, and take over within seconds. Whatever is written names the version it
 //! was decided on, so that a leader which does not know yet that it is none can do no harm.

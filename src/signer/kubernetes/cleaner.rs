@@ -65,7 +65,7 @@ pub(super) struct Removal {
 
 impl Cleaner {
     /// The queue, and what works it off until `stop` and then until all clones of it are gone, but no longer than
-    /// [`STOP_GRACE`]. It looks for orphans of `agent` on `node` at once and then every now and then.
+    /// `STOP_GRACE`. It looks for orphans of `agent` on `node` at once and then every now and then.
     pub fn new(
         client: Client,
         agent: Identity,

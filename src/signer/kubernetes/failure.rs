@@ -156,7 +156,7 @@ pub enum ApiError {
     /// No connection, or one that broke.
     #[error("the API server cannot be reached: {0}")]
     Unreachable(String),
-    /// Longer than [`REQUEST_TIMEOUT`].
+    /// Longer than `REQUEST_TIMEOUT`.
     #[error("the API server did not answer within {} s", REQUEST_TIMEOUT.as_secs())]
     Timeout,
     /// 401.

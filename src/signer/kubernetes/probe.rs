@@ -29,7 +29,7 @@ use crate::{
     x509::{KeyAlgorithm, KeyError, Names, PrivateKey, Usage, pem, write},
 };
 
-/// Name of the ValidatingAdmissionPolicy in deploy/kubernetes/approval-agent.
+/// Name of the ValidatingAdmissionPolicy in deploy/kubernetes/base.
 pub(super) const ADMISSION_POLICY: &str = "csrd-agent";
 /// The longest lifetime that the policy lets an agent ask for.
 pub(super) const ADMISSION_MAX_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);

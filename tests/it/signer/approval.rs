@@ -53,7 +53,7 @@ async fn client(cluster: &ControlPlane, identity: &Identity) -> Client {
 }
 
 async fn apply(cluster: &ControlPlane, file: &str) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/kubernetes/approval-agent").join(file);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/kubernetes").join(file);
     let output = cluster.kubectl(&["apply", "-f", path.to_str().unwrap()]).await;
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
@@ -103,7 +103,7 @@ async fn an_agent_approves_only_where_token_rbac_and_admission_hold_it_to_its_no
         while !matches!(probed(&agent, |_| false).await, Err(ProbeError::MayNotApprove { .. })) {}
     }
     remove_role(cluster, &patching).await;
-    apply(cluster, "rbac.yaml").await;
+    apply(cluster, "approval-agent/rbac.yaml").await;
 
     // Admission: none, one that only warns, and the shipped one.
     let not_allowed = |error: &ProbeError| matches!(error, ProbeError::MayNotPatch | ProbeError::MayNotApprove { .. });
@@ -114,14 +114,14 @@ async fn an_agent_approves_only_where_token_rbac_and_admission_hold_it_to_its_no
         said.contains("csrd-agent is not in force") && said.contains("apply deploy/kubernetes/approval-agent"),
         "{said}"
     );
-    apply(cluster, "admission.yaml").await;
+    apply(cluster, "base/agent-admission.yaml").await;
     probed(&agent, |error| matches!(error, ProbeError::NotInForce { .. })).await.unwrap();
     let bindings: Api<ValidatingAdmissionPolicyBinding> = Api::all(cluster.admin().await);
     let only_warn = Patch::Merge(json!({"spec": {"validationActions": ["Warn"]}}));
     bindings.patch("csrd-agent", &PatchParams::default(), &only_warn).await.unwrap();
     while probed(&agent, |_| false).await.is_ok() {}
     assert!(matches!(probed(&agent, |_| false).await, Err(ProbeError::NotInForce { .. })));
-    apply(cluster, "admission.yaml").await;
+    apply(cluster, "base/agent-admission.yaml").await;
     probed(&agent, |error| matches!(error, ProbeError::NotInForce { .. })).await.unwrap();
     let reviewed = kubernetes::Identity::ask(&agent).await.unwrap();
     let error = probe(&agent, &reviewed, &["kubernetes.io/kube-apiserver-client"], Metrics::new()).await.unwrap_err();

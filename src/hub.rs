@@ -20,7 +20,6 @@ mod tests;
 
 use std::{
     collections::HashMap,
-    error::Error,
     fmt,
     hash::{Hash, Hasher},
     sync::{Arc, Mutex, MutexGuard},
@@ -448,17 +447,6 @@ pub enum HubError {
     /// The entry was given up while the caller waited for it.
     #[error("the agent is stopping")]
     Stopping,
-}
-
-/// An error and all that is behind it in one line: a refusal without its reason helps nobody.
-pub fn with_causes(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
 
 impl HubError {

@@ -63,12 +63,22 @@ pub mod label {
 
 /// What the API server adds to the user of a token that is bound to a pod, in `extra`: nobody else can write it.
 pub mod extra {
+    use std::collections::BTreeMap;
+
     /// Name of the node that the pod is on.
     pub const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
     /// Name of the pod.
     pub const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
     /// UID of the pod.
     pub const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
+
+    /// The value of `key`, if there is exactly one: which of several is meant nobody knows.
+    pub fn one<'a>(extra: Option<&'a BTreeMap<String, Vec<String>>>, key: &str) -> Option<&'a String> {
+        match extra?.get(key)?.as_slice() {
+            [value] => Some(value),
+            _ => None,
+        }
+    }
 }
 
 /// The value of [`label::NODE`]: the node's name, cut to what a label holds. Two nodes may share it, so it only narrows a
@@ -198,9 +208,8 @@ impl Identity {
         let reviews = Api::<SelfSubjectReview>::all(client.clone());
         let review = reviews.create(&PostParams::default(), &SelfSubjectReview::default()).await?;
         let user = review.status.and_then(|status| status.user_info).unwrap_or_default();
-        let mut extra = user.extra.unwrap_or_default();
-        let mut one = |key| extra.remove(key).filter(|values| values.len() == 1).and_then(|mut values| values.pop());
-        let (node, pod_uid) = (one(extra::NODE_NAME), one(extra::POD_UID));
+        let [node, pod_uid] =
+            [extra::NODE_NAME, extra::POD_UID].map(|key| extra::one(user.extra.as_ref(), key).cloned());
         Ok(Self { username: user.username.unwrap_or_default(), node, pod_uid })
     }
 

@@ -165,6 +165,17 @@ impl Telemetry {
     }
 }
 
+/// An error and all that is behind it in one line: a refusal without its reason helps nobody.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
 fn provider(traces: Traces, log: LateDispatch) -> Result<SdkTracerProvider, TelemetryError> {
     let exporter = Exporter::new(&traces, log)?;
     let batches = BatchSpanProcessor::builder(exporter).with_batch_config(traces.batch).build();

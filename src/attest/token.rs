@@ -185,11 +185,10 @@ impl Tokens {
 
     fn bearer(&self, user: UserInfo) -> Result<Bearer, TokenError> {
         let of_service_account = user.groups.unwrap_or_default().iter().any(|group| group == SERVICE_ACCOUNTS);
-        let mut extra = user.extra.unwrap_or_default();
-        let mut one = |key| extra.remove(key).filter(|values| values.len() == 1).and_then(|mut values| values.pop());
+        let one = |key| extra::one(user.extra.as_ref(), key);
         let (Some(pod_uid), true) = (one(extra::POD_UID), of_service_account) else { return Err(TokenError::NotBound) };
-        if one(extra::NODE_NAME).as_ref() == Some(&self.node) {
-            Ok(Bearer { pod_uid })
+        if one(extra::NODE_NAME) == Some(&self.node) {
+            Ok(Bearer { pod_uid: pod_uid.clone() })
         } else {
             Err(TokenError::OtherNode)
         }

@@ -17,8 +17,9 @@ use k8s_openapi::api::certificates::v1::{CertificateSigningRequest, CertificateS
 use super::kubelet::{self, Kubelet};
 use crate::{
     attest::{PodFacts, Workload},
-    kubernetes::{annotation, label},
+    kubernetes::{annotation, extra, label},
     policy::{self, Ask, Denial, Grant, PolicySet},
+    telemetry::with_causes,
     x509::{Csr, CsrError, Usage, Usages, csr::MAX_PKCS10_BYTES},
 };
 
@@ -26,10 +27,6 @@ use crate::{
 pub const MAX_ANNOTATION_BYTES: usize = 253;
 /// The shortest lifetime that a request may ask for, as the API server has it.
 pub const MIN_EXPIRATION_SECONDS: i32 = 600;
-
-const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
-const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
-const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
 
 /// What verdicts go by, beside policies.
 #[derive(Clone, Debug)]
@@ -162,11 +159,12 @@ fn is_agent(spec: &CertificateSigningRequestSpec, rules: &Rules) -> bool {
 
 /// Node and pod (name, UID) that the requester's token is bound to.
 fn token(spec: &CertificateSigningRequestSpec) -> Result<(String, (String, String)), Refusal> {
-    let one = |key: &'static str| match spec.extra.as_ref().and_then(|extra| extra.get(key)).map(Vec::as_slice) {
-        Some([value]) if !value.is_empty() && value.len() <= MAX_ANNOTATION_BYTES => Ok(value.clone()),
-        _ => Err(Refusal::TokenNotBound { key }),
+    let one = |key: &'static str| {
+        let value = extra::one(spec.extra.as_ref(), key);
+        let value = value.filter(|value| !value.is_empty() && value.len() <= MAX_ANNOTATION_BYTES);
+        value.cloned().ok_or(Refusal::TokenNotBound { key })
     };
-    Ok((one(NODE_NAME)?, (one(POD_NAME)?, one(POD_UID)?)))
+    Ok((one(extra::NODE_NAME)?, (one(extra::POD_NAME)?, one(extra::POD_UID)?)))
 }
 
 impl Claim {
@@ -320,7 +318,7 @@ pub(super) enum Refusal {
     Usage { name: String },
     #[error("the PKCS#10 request asks for {beyond}, which spec.usages does not")]
     UsagesDiffer { beyond: Usages },
-    #[error("spec.request: {}", whole(.0))]
+    #[error("spec.request: {}", with_causes(.0))]
     Pkcs10(CsrError),
     #[error("the agent's pod {agent} is gone")]
     AgentGone { agent: PodName },
@@ -334,23 +332,12 @@ pub(super) enum Refusal {
     PodDiffers { pod: PodName, field: &'static str },
     #[error("{0}")]
     Policy(Denial),
-    #[error("{}", whole(.0))]
+    #[error("{}", with_causes(.0))]
     Kubelet(kubelet::Refusal),
     #[error(
         "the names in the PKCS#10 request are not those granted, and this signer signs what the PKCS#10 request says"
     )]
     NamesDiffer,
-}
-
-/// With its cause: a condition has one line.
-fn whole(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
 
 impl Refusal {

@@ -11,13 +11,13 @@ use tokio_stream::{StreamExt as _, StreamMap, wrappers::WatchStream};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
-use super::{FLIGHT_TIMEOUT, Hub, HubError, MAX_FLIGHTS, MAX_SLEEP, STOP_GRACE, Step, entry::Flight, with_causes};
+use super::{FLIGHT_TIMEOUT, Hub, HubError, MAX_FLIGHTS, MAX_SLEEP, STOP_GRACE, Step, entry::Flight};
 use crate::{
     attest::{Pods, Workload},
     issue::{self, Credential},
     metrics::Metrics,
     signer::Stage,
-    telemetry,
+    telemetry::{self, with_causes},
     x509::Bundle,
 };
 

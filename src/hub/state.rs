@@ -12,13 +12,13 @@ use super::{
     HubError, LINGER, MAX_ENTRIES, MAX_ENTRIES_PER_PRINCIPAL, MAX_IDLE_PER_PRINCIPAL, RENEW_WINDOW,
     entry::{Delay, Entry, Flight, Key, Live, Snapshot},
     queue::{Queue, Turn},
-    with_causes,
 };
 use crate::{
     attest::Workload,
     backoff::Backoff,
     issue::Credential,
     policy::{self, Grant, PolicySet},
+    telemetry::with_causes,
     x509::Bundle,
 };
 

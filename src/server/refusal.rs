@@ -47,10 +47,11 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 use super::convert::RequestError;
 use crate::{
     attest::AttestError,
-    hub::{HubError, with_causes},
+    hub::HubError,
     issue::IssueError,
     proto::ERROR_DOMAIN,
     signer::{SignError, kubernetes::KubernetesError},
+    telemetry::with_causes,
 };
 
 /// Of a signer that is not there, whoever names it. Clients may come back: a policy or the agent's configuration mends it.

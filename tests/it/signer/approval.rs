@@ -4,10 +4,10 @@ use std::{path::Path, time::Duration};
 
 use csrd::{
     clock::Clock,
-    hub::with_causes,
     kubernetes::{self, connect},
     metrics::Metrics,
     signer::kubernetes::{Approval, ProbeError, probe},
+    telemetry::with_causes,
 };
 use k8s_openapi::api::{
     admissionregistration::v1::ValidatingAdmissionPolicyBinding,

@@ -4,9 +4,10 @@ use std::time::{Duration, Instant};
 
 use csrd::{
     clock::Clock,
-    hub::{FLIGHT_TIMEOUT, with_causes},
+    hub::FLIGHT_TIMEOUT,
     issue::{Credential, IssueError},
     signer::kubernetes::{APPROVAL_TIMEOUT, Approval, CREATE_TIMEOUT, SIGNING_TIMEOUT},
+    telemetry::with_causes,
     x509::{Usage, Usages},
 };
 use http::Method;

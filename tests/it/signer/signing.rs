@@ -113,7 +113,7 @@ async fn a_key_that_the_workload_holds_is_certified_by_its_own_request() {
 
     let error = rig.issue(&signer, granted, Some(request(&sans[..2])), &told).await.unwrap_err();
     assert_eq!((error.reason(), error.is_transient()), ("CSR_NAMES_DIFFER", false));
-    let said = csrd::hub::with_causes(&error);
+    let said = csrd::telemetry::with_causes(&error);
     assert!(said.contains("make one for exactly app, app.example.org, 10.0.0.1, spiffe://example.org/app"), "{said}");
 }
 
@@ -217,7 +217,7 @@ async fn what_a_signer_writes_is_not_believed() {
     for (expected, lifetime, written) in cases {
         let error = check(&rig, &authority, lifetime, written).await.unwrap_err();
         assert!(matches!(error, IssueError::Verify(_)), "{expected}: {error:?}");
-        let said = csrd::hub::with_causes(&error);
+        let said = csrd::telemetry::with_causes(&error);
         assert!(said.contains(expected) || expected == "for longer than granted" && said.contains("longer"), "{said}");
     }
     // The API server takes any signer's certificate; another root than the bundle's is the classic "not trusted".
@@ -225,7 +225,7 @@ async fn what_a_signer_writes_is_not_believed() {
     other.root = stranger.root.clone();
     let error = check(&rig, &other, 3600, |leaf| leaf).await.unwrap_err();
     assert!(matches!(error, IssueError::Verify(VerifyError::Path(_))), "{error:?}");
-    let said = csrd::hub::with_causes(&error);
+    let said = csrd::telemetry::with_causes(&error);
     assert!(said.contains("give the agent the bundle of the CA that signs"), "{said}");
 }
 

@@ -335,7 +335,7 @@ fn controller_rules(signer: &str) -> Value {
     json!([
         {"apiGroups": [certificates], "resources": ["certificatesigningrequests"], "verbs": ["get", "list", "watch"]},
         {"apiGroups": [certificates], "resources": ["certificatesigningrequests/approval"], "verbs": ["patch"]},
-        {"apiGroups": [certificates], "resources": ["certificatesigningrequests/status"], "verbs": ["patch"]},
+        {"apiGroups": [certificates], "resources": ["certificatesigningrequests/status"], "verbs": ["patch", "update"]},
         {"apiGroups": [certificates], "resources": ["signers"], "resourceNames": [signer], "verbs": ["approve", "sign", "attest"]},
         {"apiGroups": [certificates], "resources": ["clustertrustbundles"], "verbs": ["list", "watch", "create", "patch"]},
         {"apiGroups": ["csrd.dev"], "resources": ["certificatepolicies"], "verbs": ["list", "watch"]},

@@ -24,7 +24,7 @@ use super::{
     failure::{ApiError, BUILT_IN},
 };
 use crate::{
-    kubernetes::{Identity, extra},
+    kubernetes::{Identity, annotation, extra},
     metrics::Metrics,
     x509::{KeyAlgorithm, KeyError, Names, PrivateKey, Usage, pem, write},
 };
@@ -48,10 +48,9 @@ const DANGEROUS: [&str; 4] = [
 /// # Errors
 /// Whatever is missing or too much; what to do about it. An agent must then not approve.
 pub async fn probe(client: &Client, agent: &Identity, signers: &[&str], metrics: Metrics) -> Result<(), ProbeError> {
-    for (claim, value) in [(extra::NODE_NAME, &agent.node), (extra::POD_UID, &agent.pod_uid)] {
-        if value.is_none() {
-            return Err(ProbeError::Unbound { claim });
-        }
+    let node = agent.node.as_deref().ok_or(ProbeError::Unbound { claim: extra::NODE_NAME })?;
+    if agent.pod_uid.is_none() {
+        return Err(ProbeError::Unbound { claim: extra::POD_UID });
     }
     if let Some(signer) = signers.iter().find(|signer| signer.starts_with(BUILT_IN)) {
         return Err(ProbeError::BuiltIn { signer: (*signer).to_owned() });
@@ -59,7 +58,7 @@ pub async fn probe(client: &Client, agent: &Identity, signers: &[&str], metrics:
     may_approve_only(client, signers).await?;
     let api = CsrApi::new(client.clone(), metrics);
     for signer in signers {
-        admission_is_in_force(&api, signer).await?;
+        admission_is_in_force(&api, node, signer).await?;
     }
     Ok(())
 }
@@ -112,14 +111,14 @@ async fn may(client: &Client, attributes: ResourceAttributes) -> Result<bool, Pr
 }
 
 /// The admission policy, on creation and on approval.
-async fn admission_is_in_force(api: &CsrApi, signer: &str) -> Result<(), ProbeError> {
-    let long = request(signer, 2 * ADMISSION_MAX_LIFETIME)?;
+async fn admission_is_in_force(api: &CsrApi, node: &str, signer: &str) -> Result<(), ProbeError> {
+    let long = request(node, signer, 2 * ADMISSION_MAX_LIFETIME)?;
     refused(
         "a request for a signer that is none of the agent's",
-        create(api, &request(FOREIGN_SIGNER, MIN_LIFETIME)?, true).await,
+        create(api, &request(node, FOREIGN_SIGNER, MIN_LIFETIME)?, true).await,
     )?;
     refused("a request for a certificate of two days", create(api, &long, true).await)?;
-    let own = create(api, &request(signer, MIN_LIFETIME)?, false).await;
+    let own = create(api, &request(node, signer, MIN_LIFETIME)?, false).await;
     let own = own.map_err(|source| ProbeError::Api { action: "create a request that is within the policy", source })?;
     let name = own.metadata.name.unwrap_or_default();
     let denial = ("Denied", "Probe", "agents approve, they never deny");
@@ -148,11 +147,14 @@ fn refused<T>(what: &'static str, outcome: Result<T, ApiError>) -> Result<(), Pr
 }
 
 /// A request that the API server finds valid.
-fn request(signer: &str, lifetime: Duration) -> Result<CertificateSigningRequest, ProbeError> {
+fn request(node: &str, signer: &str, lifetime: Duration) -> Result<CertificateSigningRequest, ProbeError> {
     let names = Names { common_name: Some("csrd-probe".to_owned()), ..Names::default() };
     let pkcs10 = write::request(&names, &PrivateKey::generate(KeyAlgorithm::EcdsaP256)?)?;
-    let metadata =
-        ObjectMeta { name: Some(format!("csrd-probe-{:032x}", rand::rng().random::<u128>())), ..ObjectMeta::default() };
+    let metadata = ObjectMeta {
+        name: Some(format!("csrd-probe-{:032x}", rand::rng().random::<u128>())),
+        annotations: Some([(annotation::NODE.to_owned(), node.to_owned())].into()),
+        ..ObjectMeta::default()
+    };
     let spec = CertificateSigningRequestSpec {
         request: ByteString(pem::encode("CERTIFICATE REQUEST", &pkcs10).into_bytes()),
         signer_name: signer.to_owned(),

@@ -4,7 +4,7 @@ use std::{path::Path, time::Duration};
 
 use csrd::{
     clock::Clock,
-    kubernetes::{self, connect},
+    kubernetes::{self, annotation, connect},
     metrics::Metrics,
     signer::kubernetes::{Approval, ProbeError, probe},
     telemetry::with_causes,
@@ -17,7 +17,8 @@ use k8s_openapi::api::{
 };
 use kube::{
     Api, Client, ResourceExt as _,
-    api::{DeleteParams, Patch, PatchParams},
+    api::{DeleteParams, Patch, PatchParams, PostParams},
+    core::ObjectMeta,
 };
 use serde_json::json;
 
@@ -25,7 +26,7 @@ use super::{
     authority::{Authority, write},
     rig::{PATIENCE, Rig, may, may_all},
 };
-use crate::cluster::{ControlPlane, Identity, Options};
+use crate::cluster::{ControlPlane, Identity, Options, unique};
 
 const NAMESPACE: &str = "csrd-system";
 const ACCOUNT: &str = "csrd-agent";
@@ -131,7 +132,8 @@ async fn an_agent_approves_only_where_token_rbac_and_admission_hold_it_to_its_no
 }
 
 async fn the_agent_of_a_node_serves_it_and_no_other(cluster: &'static ControlPlane, pod: &Pod, identity: Identity) {
-    let (_, elsewhere) = on_a_node(cluster, "second").await;
+    let (second, elsewhere) = on_a_node(cluster, "second").await;
+    let second = second.spec.unwrap().node_name.unwrap();
     let other: Api<CertificateSigningRequest> = Api::all(client(cluster, &elsewhere).await);
     let authority = Authority::new();
     let rig = Rig::of(cluster, &cluster.access, identity, pod, Clock::system()).await;
@@ -159,6 +161,25 @@ async fn the_agent_of_a_node_serves_it_and_no_other(cluster: &'static ControlPla
         assert!(with_causes(&stolen).contains("on another node than second"), "{stolen}");
         let stolen = other.delete(&name, &DeleteParams::default()).await.unwrap_err();
         assert!(with_causes(&stolen).contains("on another node than second"), "{stolen}");
+        let refused = async |wanted: &str, change: fn(&mut CertificateSigningRequest)| {
+            let mut copy = CertificateSigningRequest { status: None, ..csr.clone() };
+            copy.metadata = ObjectMeta { annotations: copy.metadata.annotations, ..ObjectMeta::default() };
+            copy.metadata.name = Some(unique("forged"));
+            copy.metadata.annotations.as_mut().unwrap().insert(annotation::NODE.to_owned(), second.clone());
+            change(&mut copy);
+            let error = other.create(&PostParams::default(), &copy).await.unwrap_err();
+            assert!(with_causes(&error).contains(wanted), "{wanted}: {error}");
+        };
+        refused("must be the node of the agent's token", |csr| {
+            csr.metadata.annotations.as_mut().unwrap().insert(annotation::NODE.to_owned(), "first".to_owned());
+        })
+        .await;
+        refused("no finalizers", |csr| csr.metadata.finalizers = Some(vec!["test.invalid/stays".to_owned()])).await;
+        refused("at most 32768 bytes", |csr| csr.spec.request.0.extend([b'\n'; 32_768])).await;
+        refused("an annotation 253", |csr| {
+            csr.metadata.annotations.as_mut().unwrap().insert("note".to_owned(), "x".repeat(254));
+        })
+        .await;
         write(&rig.admin, &name, authority.sign(&csr, Duration::from_secs(600)) + &authority.intermediate).await;
     });
     credential.await.unwrap();

@@ -368,7 +368,7 @@ pub fn nothing_offered(policies: &PolicySet, workload: &Workload) -> Denial {
 }
 
 /// Whether `name` is an RFC 1123 subdomain, as Kubernetes demands of most objects' names.
-fn is_object_name(name: &str) -> bool {
+pub fn is_object_name(name: &str) -> bool {
     let is_label = |label: &str| {
         !label.is_empty()
             && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')

@@ -38,6 +38,9 @@ use super::PodFacts;
 use super::{AttestError, Workload, cgroup::InPod};
 use crate::clock::Clock;
 
+/// Objects read at a time. Each may have 1.5 MB, whoever made it, and is held more than once before it is cut down to what
+/// is used of it.
+pub const PAGE: u32 = 25;
 /// How long a call of a pod that is not known yet waits to become known.
 pub const POD_WAIT: Duration = Duration::from_secs(5);
 /// Calls that may wait so; one more is told at once to come back.
@@ -149,7 +152,7 @@ impl Pods {
                 field_selector: Some(format!("spec.nodeName={node}")),
                 ..watcher::Config::default()
             },
-            Scope::Cluster => watcher::Config::default(),
+            Scope::Cluster => watcher::Config::default().page_size(PAGE),
         };
         let pods = follow(Api::<Pod>::all(client.clone()), config, state::read_pod, |change| {
             self.apply(|state| state.pods(change))
@@ -168,11 +171,12 @@ impl Pods {
         loop {
             let _ = wanted.wait_for(|wanted| *wanted).await;
             let services = Api::<Service>::all(client.clone());
-            let services = follow(services, watcher::Config::default(), services::read_service, |change| {
-                self.apply(|state| state.services(|services| services.services(change)))
-            });
+            let services =
+                follow(services, watcher::Config::default().page_size(PAGE), services::read_service, |change| {
+                    self.apply(|state| state.services(|services| services.services(change)))
+                });
             // Those of Services with a selector say nothing that the selector does not, and are most of them.
-            let by_hand = watcher::Config::default().labels(services::NOT_BY_SELECTOR);
+            let by_hand = watcher::Config::default().labels(services::NOT_BY_SELECTOR).page_size(PAGE);
             let slices = follow(Api::<EndpointSlice>::all(client.clone()), by_hand, services::read_slice, |change| {
                 self.apply(|state| state.services(|services| services.slices(change)))
             });

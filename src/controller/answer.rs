@@ -146,11 +146,15 @@ impl Answers {
     }
 
     async fn judge(&self, claim: &Claim) -> Result<Result<(Approval, Arc<Workload>), Refused>, AnswerError> {
-        let Some(agent) = self.find(&claim.agent).await? else {
-            return Ok(Err(Refusal::AgentGone { agent: claim.agent.clone() }.into()));
+        let agent = self.find(&claim.agent, &claim.node, Refusal::AgentGone { agent: claim.agent.clone() });
+        let agent = match agent.await? {
+            Ok(agent) => agent,
+            Err(refusal) => return Ok(Err(refusal.into())),
         };
-        let Some(workload) = self.find(&claim.pod).await? else {
-            return Ok(Err(Refusal::PodGone { pod: claim.pod.clone() }.into()));
+        let workload = self.find(&claim.pod, &claim.node, Refusal::PodGone { pod: claim.pod.clone() });
+        let workload = match workload.await? {
+            Ok(workload) => workload,
+            Err(refusal) => return Ok(Err(refusal.into())),
         };
         let policies = self.policies.borrow().clone();
         Ok(match claim.decide(&agent, &workload, &self.rules, &policies) {
@@ -167,10 +171,16 @@ impl Answers {
         })
     }
 
-    /// The live pod of that UID; `None` once the API server itself says that there is none.
-    async fn find(&self, pod: &PodName) -> Result<Option<Arc<Workload>>, AnswerError> {
+    /// The live pod of that UID; `gone` once the API server itself says that there is none, and a refusal at once if it is
+    /// on no such node, for which nobody else is to wait.
+    async fn find(
+        &self,
+        pod: &PodName,
+        node: &str,
+        gone: Refusal,
+    ) -> Result<Result<Arc<Workload>, Refusal>, AnswerError> {
         if let Some(workload) = self.pods.by_uid(&pod.uid) {
-            return Ok(Some(workload));
+            return Ok(Ok(workload));
         }
         let api = Api::<Pod>::namespaced(self.client.clone(), &pod.namespace);
         let there = within(api.get_opt(&pod.name)).await?;
@@ -178,10 +188,12 @@ impl Answers {
             let phase = there.status.as_ref().and_then(|status| status.phase.as_deref());
             there.metadata.uid.as_ref() == Some(&pod.uid) && !matches!(phase, Some("Succeeded" | "Failed"))
         };
-        if !there.as_ref().is_some_and(lives) {
-            return Ok(None);
+        let Some(there) = there.filter(lives) else { return Ok(Err(gone)) };
+        let on = there.spec.and_then(|spec| spec.node_name).unwrap_or_default();
+        if on != node {
+            return Ok(Err(Refusal::PodElsewhere { pod: pod.clone(), on, node: node.to_owned() }));
         }
-        self.pods.wait_for(&pod.uid).await.map(Some).ok_or_else(|| AnswerError::Late(pod.clone()))
+        self.pods.wait_for(&pod.uid).await.map(Ok).ok_or_else(|| AnswerError::Late(pod.clone()))
     }
 
     async fn allow(&self, request: &mut Request, approval: Approval, workload: &Workload) -> Result<(), AnswerError> {

@@ -10,6 +10,7 @@ use std::net::IpAddr;
 
 use k8s_openapi::api::{certificates::v1::CertificateSigningRequestSpec, core::v1::NodeAddress};
 
+use super::verdict::pkcs10;
 use crate::x509::{Csr, CsrError, Names, Usage, Usages};
 
 /// The signer that every cluster has for them.
@@ -26,7 +27,7 @@ const USAGES: Usages = Usages::empty().with(Usage::DigitalSignature).with(Usage:
 pub(super) struct Kubelet {
     pub(super) node: String,
     usages: Option<Usages>,
-    pkcs10: Vec<u8>,
+    pkcs10: Result<Vec<u8>, CsrError>,
 }
 
 impl Kubelet {
@@ -35,7 +36,7 @@ impl Kubelet {
         let node = spec.username.as_ref()?.strip_prefix(NODE)?;
         spec.groups.iter().flatten().find(|group| *group == NODES)?;
         let usages = spec.usages.iter().flatten().map(|name| Usage::from_name(name));
-        Some(Self { node: node.to_owned(), usages: usages.collect(), pkcs10: spec.request.0.clone() })
+        Some(Self { node: node.to_owned(), usages: usages.collect(), pkcs10: pkcs10(spec.request.0.clone()) })
     }
 
     /// Judges by the addresses of the Node.
@@ -44,7 +45,7 @@ impl Kubelet {
         if beside != Some(USAGES) {
             return Err(Refusal::Usages);
         }
-        let csr = Csr::parse(&self.pkcs10)?;
+        let csr = Csr::parse(self.pkcs10.as_ref().map_err(Clone::clone)?)?;
         let names = csr.names();
         if names.common_name.as_deref() != Some(&*format!("{NODE}{}", self.node)) || names.organizations != [NODES] {
             return Err(Refusal::Subject { node: self.node.clone() });

@@ -31,8 +31,8 @@ use crate::rate::Rate;
 
 /// Requests answered at a time.
 pub const MAX_UNDER_WAY: usize = 32;
-/// Requests read at a time, each of up to 1.5 MB.
-pub const PAGE: u32 = 100;
+/// Requests read at a time. Each may have 1.5 MB, whoever made it, and is held more than once while it is read.
+pub const PAGE: u32 = 10;
 /// The shortest pause between sweeps.
 pub const SWEEP_PAUSE: Duration = Duration::from_secs(5);
 

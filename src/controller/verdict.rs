@@ -71,7 +71,7 @@ pub(super) enum Asked {
 pub(super) struct Claim {
     /// The agent's pod and its node, from its token.
     pub(super) agent: PodName,
-    node: String,
+    pub(super) node: String,
     /// The pod that it claims to ask for.
     pub(super) pod: PodName,
     service_account: String,
@@ -167,6 +167,15 @@ fn token(spec: &CertificateSigningRequestSpec) -> Result<(String, (String, Strin
     Ok((one(extra::NODE_NAME)?, (one(extra::POD_NAME)?, one(extra::POD_UID)?)))
 }
 
+/// `spec.request`, unless it is too long to wait for its turn: PEM is at most twice as long as DER, and what is longer need
+/// not be kept to be refused.
+pub(super) fn pkcs10(request: Vec<u8>) -> Result<Vec<u8>, CsrError> {
+    match request.len() {
+        bytes if bytes > 2 * MAX_PKCS10_BYTES => Err(CsrError::TooLong { bytes }),
+        _ => Ok(request),
+    }
+}
+
 impl Claim {
     fn read(
         node: String,
@@ -175,9 +184,10 @@ impl Claim {
         annotations: &BTreeMap<String, String>,
         rules: &Rules,
     ) -> Result<Self, Refusal> {
-        let said = |key: &'static str| match annotations.get(key) {
-            Some(value) if !value.is_empty() && value.len() <= MAX_ANNOTATION_BYTES => Ok(value.clone()),
-            _ => Err(Refusal::Annotation { key }),
+        // Names of objects and nothing else: they become parts of a path to the API server.
+        let said = |key: &'static str| {
+            let value = annotations.get(key).filter(|value| policy::is_object_name(value));
+            value.cloned().ok_or(Refusal::Annotation { key })
         };
         let claimed = said(annotation::NODE)?;
         if claimed != node {
@@ -185,11 +195,7 @@ impl Claim {
         }
         let seconds = spec.expiration_seconds.filter(|seconds| *seconds >= MIN_EXPIRATION_SECONDS);
         let seconds = seconds.and_then(|seconds| u64::try_from(seconds).ok()).ok_or(Refusal::Expiration)?;
-        let bytes = spec.request.0.len();
-        // PEM is at most twice as long as DER; what is longer need not be kept to be refused.
-        if bytes > 2 * MAX_PKCS10_BYTES {
-            return Err(Refusal::Pkcs10(CsrError::TooLong { bytes }));
-        }
+        let pkcs10 = pkcs10(spec.request.0).map_err(Refusal::Pkcs10)?;
         Ok(Self {
             agent: PodName { namespace: rules.agent.0.clone(), name, uid },
             node,
@@ -203,7 +209,7 @@ impl Claim {
             signer: spec.signer_name,
             usages: usages(spec.usages.iter().flatten())?,
             lifetime: std::time::Duration::from_secs(seconds),
-            pkcs10: spec.request.0,
+            pkcs10,
         })
     }
 
@@ -305,7 +311,9 @@ pub(super) enum Refusal {
         "the requester's token is bound to no pod on a node: it carries not exactly one {key}; agents need a projected token"
     )]
     TokenNotBound { key: &'static str },
-    #[error("annotation {key} must be there and have 1 to {MAX_ANNOTATION_BYTES} bytes")]
+    #[error(
+        "annotation {key} must be there and be the name of an object, of 1 to {MAX_ANNOTATION_BYTES} bytes of a-z, 0-9, '-' and '.'"
+    )]
     Annotation { key: &'static str },
     #[error(
         "annotation {} says node {claimed:?}, and the requester's token is bound to node {node:?}",

@@ -22,7 +22,7 @@ use k8s_openapi::api::{
 };
 use kube::{
     Api, ResourceExt as _,
-    api::{DeleteParams, ListParams, Patch, PatchParams},
+    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
 };
 use opentelemetry_proto::tonic::trace::v1::Span;
 use serde_json::{Value, json};
@@ -98,6 +98,17 @@ async fn every_forged_request_is_denied_with_its_reason_and_the_pod_is_told() {
     denied(deployment.ask(&agent, unknown).await, "POD_GONE", "is gone");
     let renamed = of(&own, |it| it["metadata"]["annotations"]["csrd.dev/service-account"] = "admin".into());
     denied(deployment.ask(&agent, renamed).await, "POD_DIFFERS", "ServiceAccount");
+    let path = of(&own, |it| it["metadata"]["annotations"]["csrd.dev/pod-namespace"] = "a/secrets/csrd-ca?x=".into());
+    denied(deployment.ask(&agent, path).await, "ANNOTATION_MISSING", "csrd.dev/pod-namespace");
+    let waiting = json!({
+        "metadata": {"namespace": deployment.work, "name": "unscheduled"},
+        "spec": {"containers": [{"name": "main", "image": "test.invalid/app:1"}]},
+    });
+    let pods: Api<k8s_openapi::api::core::v1::Pod> = Api::namespaced(deployment.admin.clone(), &deployment.work);
+    let waiting = pods.create(&PostParams::default(), &serde_json::from_value(waiting).unwrap()).await.unwrap();
+    let mut early = deployment.request(&waiting);
+    node(&mut early, &deployment.nodes[0]);
+    denied(deployment.ask(&agent, early).await, "POD_ON_OTHER_NODE", "an agent asks only for pods of its own node");
     let silent = of(&own, |it| it["metadata"]["annotations"] = json!({}));
     denied(deployment.ask(&agent, silent).await, "ANNOTATION_MISSING", "csrd.dev/node");
     let forever = of(&own, |it| it["spec"]["expirationSeconds"] = Value::Null);

@@ -57,6 +57,10 @@ fn annotations_are_a_claim_that_must_be_whole_and_true() {
         let said = refused("ANNOTATION_MISSING", |case| case.annotate(key, ""));
         assert!(said.contains(key), "{said}");
         refused("ANNOTATION_MISSING", |case| case.annotate(key, &"x".repeat(MAX_ANNOTATION_BYTES + 1)));
+        // They become parts of a path to the API server.
+        for path in ["csrd-system/secrets/csrd-ca?x=", "a/b", "..", "a?b", "a%2fb", "A b"] {
+            refused("ANNOTATION_MISSING", |case| case.annotate(key, path));
+        }
     }
     refused("ANNOTATION_MISSING", |case| case.object.metadata.annotations = None);
     for key in [POD_NAMESPACE, POD_NAME, POD_UID, SERVICE_ACCOUNT] {

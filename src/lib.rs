@@ -18,6 +18,16 @@
 //! - A [`Grant`](policy::Grant) is a decision: one policy allows all of what is asked. No policy, no grant.
 //! - A [`Credential`](issue::Credential) is a certificate that has been checked against its grant and the signer's roots.
 //!
+//! In a cluster the controller goes the same way once more, from what the API server wrote:
+//!
+//! ```text
+//! CSR --screen--> Claim --pods by UID--> Workload --policy::decide--> Grant --sign, verify--> status
+//! ```
+//!
+//! A `Claim` is what an agent says, checked against its own token; the `Workload` there is the live pod that it names, and
+//! the proof that the agent may ask for it is in `controller::verdict`. Serving certificates of kubelets, where they are
+//! switched on, are approved by `controller::kubelet` alone and are nobody's `Workload`.
+//!
 //! # What always holds
 //!
 //! - No `Workload` is made outside `attest`, no `Grant` outside `policy`, no `Credential` outside `issue`. Tests have

@@ -204,6 +204,8 @@ impl Claim {
                 name: said(annotation::POD_NAME)?,
                 uid: said(annotation::POD_UID)?,
             },
+            // Never of none: whoever is root on a node may claim a static pod of any name and labels, but none with a
+            // ServiceAccount.
             service_account: said(annotation::SERVICE_ACCOUNT)?,
             foreign: spec.signer_name != rules.signer,
             signer: spec.signer_name,

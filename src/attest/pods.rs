@@ -9,6 +9,7 @@
 //! them. Deliberately not a fact: anything about containers, which a controller could not see again.
 
 mod follow;
+mod pod;
 mod services;
 mod state;
 
@@ -19,7 +20,7 @@ use std::{
 };
 
 use k8s_openapi::api::{
-    core::v1::{Namespace, Pod, Service},
+    core::v1::{Namespace, Service},
     discovery::v1::EndpointSlice,
 };
 use kube::{Api, Client, core::PartialObjectMeta, runtime::watcher};
@@ -154,7 +155,7 @@ impl Pods {
             },
             Scope::Cluster => watcher::Config::default().page_size(PAGE),
         };
-        let pods = follow(Api::<Pod>::all(client.clone()), config, state::read_pod, |change| {
+        let pods = follow(Api::<pod::Pod>::all(client.clone()), config, state::read_pod, |change| {
             self.apply(|state| state.pods(change))
         });
         let namespaces = Api::<PartialObjectMeta<Namespace>>::all(client.clone());

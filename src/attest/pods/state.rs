@@ -6,10 +6,15 @@ use std::{
     time::SystemTime,
 };
 
-use k8s_openapi::api::core::v1::{ContainerStatus, Namespace, Pod};
+use k8s_openapi::api::core::v1::Namespace;
 use kube::core::PartialObjectMeta;
 
-use super::{DELETION_LEEWAY, follow::Change, services::Services};
+use super::{
+    DELETION_LEEWAY,
+    follow::Change,
+    pod::{ContainerStatus, Pod},
+    services::Services,
+};
 use crate::attest::{Facts, PodFacts, Workload, cgroup::InPod};
 
 /// The kubelet puts it on a pod that shows a static one: the UID by which the kubelet knows that.
@@ -96,14 +101,14 @@ pub(super) fn read_namespace(namespace: PartialObjectMeta<Namespace>) -> (String
 
 /// What is kept of a pod.
 pub(super) fn read_pod(pod: Pod) -> Reported {
-    let (metadata, spec, status) = (pod.metadata, pod.spec.unwrap_or_default(), pod.status.unwrap_or_default());
+    let Pod { metadata, spec, status } = pod;
     let uid = metadata.uid.unwrap_or_default();
     let ended = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
     let Some(node) = spec.node_name.filter(|node| !node.is_empty() && !ended) else {
         return Reported { uid, live: None };
     };
     // In the host's network a pod's addresses are the node's.
-    let addresses = status.pod_ips.filter(|_| spec.host_network != Some(true)).unwrap_or_default();
+    let addresses = if spec.host_network { Vec::new() } else { status.pod_ips };
     let statuses = [status.container_statuses, status.init_container_statuses, status.ephemeral_container_statuses];
     let facts = PodFacts {
         namespace: metadata.namespace.unwrap_or_default(),
@@ -118,7 +123,7 @@ pub(super) fn read_pod(pod: Pod) -> Reported {
     };
     let live = Live {
         facts,
-        containers: statuses.into_iter().flatten().flatten().filter_map(container_id).collect(),
+        containers: statuses.into_iter().flatten().filter_map(container_id).collect(),
         mirrors: metadata.annotations.and_then(|mut annotations| annotations.remove(MIRROR_ANNOTATION)),
         // Set to when the grace period ends, not to when it began.
         ends: metadata.deletion_timestamp.map(|time| SystemTime::from(time.0) + DELETION_LEEWAY),

@@ -7,14 +7,25 @@
 #![allow(clippy::disallowed_methods, reason = "a benchmark measures real time and starts real processes")]
 #![allow(clippy::print_stdout, reason = "the table is what it is for")]
 
-#[path = "../it/raw_h2.rs"]
-#[allow(dead_code, unreachable_pub, reason = "shared with the integration tests, which use the rest")]
-mod raw_h2;
+#[path = "../it"]
+#[allow(
+    dead_code,
+    unused_imports,
+    unreachable_pub,
+    clippy::unwrap_used,
+    reason = "shared with the integration tests, which use the rest"
+)]
+mod it {
+    pub(crate) mod cluster;
+    pub(crate) mod raw_h2;
+}
 
 mod authority;
 mod crypto;
+mod csr;
 mod fetch;
 mod floor;
+mod pod;
 mod process;
 mod streams;
 mod table;
@@ -26,6 +37,9 @@ fn main() {
     let wanted = arguments.next().unwrap_or_default();
     if wanted == floor::ARGUMENT {
         return floor::serve(&arguments.next().expect("the floor is given a socket"));
+    }
+    if wanted == pod::ARGUMENT {
+        return pod::act(&arguments.next().expect("a pod is given a socket"));
     }
     let wants = |group: &str| group.contains(&wanted);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
@@ -57,6 +71,9 @@ fn main() {
         }
         if wants("binary") {
             process::binary(&mut table);
+        }
+        if wants("cluster") {
+            csr::figures(&mut table).await;
         }
     });
 }

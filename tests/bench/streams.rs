@@ -17,8 +17,8 @@ use tokio::{
 };
 
 use crate::{
+    it::raw_h2::{ACK, DATA, END_HEADERS, END_STREAM, HEADERS, SETTINGS, field, frame, hello},
     process::{Server, ask},
-    raw_h2::{ACK, DATA, END_HEADERS, END_STREAM, HEADERS, SETTINGS, field, frame, hello},
     table::Table,
 };
 

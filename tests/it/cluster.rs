@@ -35,6 +35,7 @@
 
 mod access;
 mod binary;
+#[cfg(test)]
 mod facts;
 mod fault_proxy;
 mod node;
@@ -341,10 +342,16 @@ impl ControlPlane {
     }
 
     pub(crate) async fn kubectl_as(&self, kubeconfig: &Path, arguments: &[&str]) -> Output {
-        let mut command = tokio::process::Command::new(&self.binary);
-        command.arg("kubectl").arg("--kubeconfig").arg(kubeconfig);
+        let mut command = self.tool("kubectl", kubeconfig);
         command.arg("--cache-dir").arg(self.processes.folder().join("kubectl")).args(arguments);
         command.output().await.unwrap()
+    }
+
+    /// A client that the Go binary also is.
+    pub(crate) fn tool(&self, role: &str, kubeconfig: &Path) -> tokio::process::Command {
+        let mut command = tokio::process::Command::new(&self.binary);
+        command.arg(role).arg("--kubeconfig").arg(kubeconfig);
+        command
     }
 
     /// Whether the API server serves this resource, as one of an older minor may not; if it does not, says so, since part

@@ -1,0 +1,245 @@
+//! Certificates over the CSR API for the pods of one node, beside a bare Go client on the same control plane.
+//!
+//! Control plane, `csrd controller` and `csrd agent` are real, and RBAC, admission and limits are those of
+//! `deploy/kubernetes`. There is no kubelet: a pod is an object, and its process runs in the cgroup that a kubelet would
+//! give it, which takes root. What was asked of the API server is read in its audit log.
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use futures_util::{StreamExt as _, future::join_all, stream};
+use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt as _;
+use serde_json::Value;
+use tokio::time::sleep;
+
+use crate::{
+    it::cluster::{ControlPlane, Identity, Options, eventually},
+    pod::{ISSUE, Process, SUBSCRIBE},
+    process::resident_kib,
+    table::{Table, percentile},
+};
+
+/// Pods of a node, as many as a kubelet runs by default.
+const PODS: usize = 110;
+/// Pods that start at once.
+const AT_ONCE: usize = 100;
+/// Certificates a second, one after another.
+const PER_SECOND: u64 = 20;
+/// Certificates in a row, before it is the other's turn.
+const ROUND: usize = 100;
+const ROUNDS: usize = 4;
+/// How long nothing happens: a watch is begun anew before it is over.
+const IDLE: Duration = Duration::from_secs(300);
+
+const SYSTEM: &str = "csrd-system";
+const AGENT: &str = "system:serviceaccount:csrd-system:csrd-agent";
+
+const AUDIT: &str = "
+apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived]
+rules: [{level: Metadata}]
+";
+
+const POLICY: &str = "
+apiVersion: csrd.dev/v1alpha1
+kind: CertificatePolicy
+metadata: {name: bench}
+spec:
+  match: {kubernetes: {namespaceSelector: {}, podSelector: {matchLabels: {app: bench}}}}
+  allow: {dnsNames: ['*.bench.internal']}
+";
+
+/// An agent and a controller on a control plane of their own; all end when this is dropped.
+struct Site {
+    cluster: ControlPlane,
+    folder: tempfile::TempDir,
+    node: String,
+    namespace: String,
+    running: Vec<Child>,
+}
+
+impl Site {
+    async fn start() -> Option<Self> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (policy, log) = (folder.path().join("audit.yaml"), folder.path().join("audit.log"));
+        fs::write(&policy, AUDIT).expect("the audit policy");
+        let flags = [("policy-file", policy), ("log-path", log)];
+        let apiserver = flags.map(|(flag, path)| format!("--audit-{flag}={}", path.display())).to_vec();
+        let cluster = ControlPlane::start(Options { apiserver, ..Options::default() }).await?;
+        let node = cluster.node("bench").await.name_any();
+        let mut site = Self { cluster, folder, node, namespace: String::new(), running: Vec::new() };
+        let deployed = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/kubernetes/approval-controller");
+        site.kubectl(&["apply", "-k", deployed]).await;
+        site.kubectl(&["wait", "--for=condition=Established", "crd/certificatepolicies.csrd.dev"]).await;
+        site.namespace = site.cluster.namespace(&[]).await;
+        fs::write(site.folder.path().join("policy.yaml"), POLICY).expect("the policy");
+        let policy = site.folder.path().join("policy.yaml").display().to_string();
+        site.kubectl(&["apply", "-f", &policy]).await;
+        let token = site.cluster.unbound_token(SYSTEM, "csrd-controller", &[]).await;
+        site.run("controller", &token, "kubeconfig: KUBECONFIG", &[]);
+        site.kubectl(&["wait", "--for=condition=Accepted", "--timeout=60s", "certificatepolicy/bench"]).await;
+        let agent = site.cluster.pod(SYSTEM, "bench-agent", &site.node, "csrd-agent", &[]).await;
+        let token = site.cluster.token(&agent, &[]).await;
+        let socket = site.socket().display().to_string();
+        site.run("agent", &token, "kubernetes: {kubeconfig: KUBECONFIG}", &["--socket", &socket]);
+        eventually("the agent's socket", async || site.socket().exists().then_some(())).await;
+        Some(site)
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.folder.path().join("s")
+    }
+
+    async fn kubectl(&self, arguments: &[&str]) {
+        let output = self.cluster.kubectl(arguments).await;
+        assert!(output.status.success(), "kubectl {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// Runs `csrd` as the holder of `token`.
+    fn run(&mut self, command: &str, token: &str, config: &str, flags: &[&str]) {
+        let kubeconfig = self.cluster.access.kubeconfig(&Identity::Token(token.to_owned()));
+        let file = self.folder.path().join(command).with_extension("yaml");
+        let config = config.replace("KUBECONFIG", &kubeconfig.display().to_string());
+        fs::write(&file, config + "\nlog: {level: warn}\n").expect("the configuration");
+        let mut csrd = Command::new(env!("CARGO_BIN_EXE_csrd"));
+        csrd.arg(command).arg("--config").arg(file).args(flags).env_remove("NODE_NAME").stdout(Stdio::null());
+        self.running.push(csrd.spawn().expect("csrd starts"));
+    }
+
+    /// So many pods that run.
+    async fn pods(&self) -> Vec<Process> {
+        let made = stream::iter(0..PODS).map(async |number| {
+            let labels = [("app", "bench")];
+            self.cluster.pod(&self.namespace, &format!("pod-{number}"), &self.node, "default", &labels).await
+        });
+        let made: Vec<Pod> = made.buffer_unordered(8).collect().await;
+        made.iter().map(|pod| Process::start(&pod.uid().expect("a UID"), &container(pod), &self.socket())).collect()
+    }
+
+    /// The median, in milliseconds, of one round of the bare Go client.
+    async fn floor(&self) -> f64 {
+        let mut floor = self.cluster.tool("csr-floor", &self.cluster.kubeconfig());
+        let output = floor.args(["--count", &ROUND.to_string()]).output().await.expect("the Go client");
+        let said = String::from_utf8_lossy(&output.stdout);
+        let median = said.split(' ').next().and_then(|micros| micros.parse::<f64>().ok());
+        median.unwrap_or_else(|| panic!("the Go client: {}", String::from_utf8_lossy(&output.stderr))) / 1e3
+    }
+
+    /// The process of the agent.
+    fn agent(&self) -> u32 {
+        self.running.last().expect("the agent is started last").id()
+    }
+
+    /// All that the API server has been asked, in order.
+    fn requests(&self) -> Vec<Value> {
+        let log = fs::read_to_string(self.folder.path().join("audit.log")).expect("the audit log");
+        // The last line may be half written.
+        log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        for child in &mut self.running {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+fn container(pod: &Pod) -> String {
+    let status = pod.status.as_ref().and_then(|status| status.container_statuses.as_ref()?.first());
+    let id = status.and_then(|status| status.container_id.as_deref()).expect("a container that runs");
+    id.trim_start_matches("containerd://").to_owned()
+}
+
+/// One certificate after another for one pod, and the Go client's, by turns.
+async fn one_at_a_time(site: &Site, pod: &mut Process, table: &mut Table) {
+    let (mut floor, mut ours) = (0.0, 0.0);
+    pod.does(ISSUE).await;
+    let mut writes = 0;
+    for _ in 0..ROUNDS {
+        floor += site.floor().await / ROUNDS as f64;
+        let before = site.requests().len();
+        let mut times = Vec::new();
+        for _ in 0..ROUND {
+            times.push(pod.does(ISSUE).await);
+            sleep(Duration::from_millis(1000 / PER_SECOND)).await;
+        }
+        times.sort_by(f64::total_cmp);
+        ours += percentile(&times, 50) / ROUNDS as f64;
+        writes += site.requests()[before..].iter().filter(|request| is_write(request)).count();
+    }
+    table.beside("certificate over the CSR API, one at a time: p50", "ms", floor, ours, "<= 1.15 x floor");
+    table.alone("API writes a certificate", "", writes as f64 / (ROUNDS * ROUND) as f64, "<= 4");
+}
+
+fn is_write(request: &Value) -> bool {
+    let verbs = ["create", "update", "patch", "delete"];
+    request["objectRef"]["resource"] == "certificatesigningrequests" && verbs.iter().any(|it| request["verb"] == *it)
+}
+
+/// Every pod asks once, so many a second, whether or not the one before has its answer.
+async fn in_turn(pods: &mut [Process], table: &mut Table) {
+    let asking = pods.iter_mut().zip(0..).map(async |(pod, turn)| {
+        sleep(Duration::from_millis(1000 / PER_SECOND) * turn).await;
+        pod.does(ISSUE).await
+    });
+    let mut times = join_all(asking).await;
+    times.sort_by(f64::total_cmp);
+    for percent in [50, 99] {
+        let what = format!("a pod's first certificate at {PER_SECOND} a second: p{percent}");
+        table.alone(&what, "ms", percentile(&times, percent), "< 50 ms");
+    }
+}
+
+/// So many pods ask at the same moment.
+async fn at_once(pods: &mut [Process], table: &mut Table) {
+    let mut times = join_all(pods.iter_mut().map(|pod| pod.does(ISSUE))).await;
+    times.sort_by(f64::total_cmp);
+    table.alone(
+        &format!("{} pods ask at once: half of them served after", pods.len()),
+        "ms",
+        percentile(&times, 50),
+        "",
+    );
+    table.alone(
+        &format!("{} pods ask at once: all of them served after", pods.len()),
+        "ms",
+        percentile(&times, 100),
+        "",
+    );
+}
+
+/// What a node costs whose pods all have certificates and nothing to ask.
+async fn idle(site: &Site, pods: &mut [Process], table: &mut Table) {
+    join_all(pods.iter_mut().map(|pod| pod.does(SUBSCRIBE))).await;
+    sleep(Duration::from_secs(2)).await;
+    let what = format!("agent's resident memory with {} pods that subscribe", pods.len());
+    table.alone(&what, "MiB", resident_kib(site.agent()) / 1024.0, "");
+    let before = site.requests().len();
+    sleep(IDLE).await;
+    let requests = site.requests().split_off(before);
+    let of_agent = requests.iter().filter(|it| it["user"]["username"] == AGENT);
+    let (watches, others): (Vec<_>, Vec<_>) = of_agent.partition(|it| it["verb"] == "watch");
+    let an_hour = |count: usize| count as f64 * 3600.0 / IDLE.as_secs_f64();
+    let what = format!("API requests an hour with {} idle pods", pods.len());
+    table.alone(&format!("{what}: watches"), "", an_hour(watches.len()), "");
+    table.alone(&format!("{what}: others"), "", an_hour(others.len()), "0");
+}
+
+/// All rows.
+pub(crate) async fn figures(table: &mut Table) {
+    let Some(site) = Site::start().await else { return };
+    let mut pods = site.pods().await;
+    one_at_a_time(&site, &mut pods[0], table).await;
+    in_turn(&mut pods, table).await;
+    at_once(&mut pods[..AT_ONCE], table).await;
+    idle(&site, &mut pods, table).await;
+}

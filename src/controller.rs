@@ -34,7 +34,7 @@ use self::{
     answer::Answers, denials::Denials, leader::Election, publication::Publication, statuses::Statuses, verdict::Rules,
 };
 pub use self::{
-    answer::{ANSWER_WITHIN, MAX_MESSAGE_BYTES, SECOND_LOOK},
+    answer::{MAX_MESSAGE_BYTES, SECOND_LOOK},
     denials::EVENT_RATE,
     leader::{LEASE_DURATION, RENEW_WITHIN, RETRY},
     publication::WANTED,

@@ -26,6 +26,8 @@ use tower::{BoxError, ServiceBuilder};
 
 /// The signer that the controller signs for, and that a policy in a cluster means when it names none.
 pub const SIGNER: &str = "csrd.dev/workload";
+/// The longest wait for one answer of the API server.
+pub const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 /// Group of our own resources.
 pub const GROUP: &str = "csrd.dev";
 /// The namespace that agents and controller run in.

@@ -10,6 +10,7 @@
 
 mod address;
 mod cel;
+mod check;
 mod compile;
 mod document;
 mod fact;
@@ -30,7 +31,8 @@ use std::{
 };
 
 pub use cel::{MAX_COST, MAX_DEPTH, MAX_EXPRESSION_BYTES, MAX_RULE_GROUPS, MAX_RULE_LABELS};
-pub use compile::{MAX_ENTRIES, MAX_HINT_BYTES, MAX_MESSAGE_CHARS, MAX_OFFERS, MAX_RULES};
+pub use check::MAX_ENTRIES;
+pub use compile::{MAX_HINT_BYTES, MAX_MESSAGE_CHARS, MAX_OFFERS, MAX_RULES};
 pub use document::{API_VERSION, KIND, MAX_DOCUMENTS, MAX_SOURCE_BYTES, PLURAL, Problem, Source};
 pub use fact::MAX_SERVICES;
 pub use signers::{EMBEDDED, MAX_SIGNER_BYTES, MIN_REQUESTED_LIFETIME};

@@ -37,6 +37,7 @@ use crate::{
     attest::{Workload, pods::Pods},
     backoff::Backoff,
     clock::Clock,
+    kubernetes::ANSWER_WITHIN,
     metrics::{Metrics, SignerMetrics},
     policy::PolicySet,
     signer::{Key, Sign, SignError, SigningRequest},
@@ -46,8 +47,6 @@ use crate::{
 
 /// A refusal that rests on what is watched is looked at again after this long before it is written: the watch may lag.
 pub const SECOND_LOOK: Duration = Duration::from_secs(1);
-/// The longest wait for one answer of the API server.
-pub const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 /// Bytes of a condition's message.
 pub const MAX_MESSAGE_BYTES: usize = 1024;
 /// Between tries of a request that could not be answered.

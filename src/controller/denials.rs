@@ -13,10 +13,9 @@ use kube::{
 };
 use tokio::time::timeout;
 
-use super::answer::ANSWER_WITHIN;
 use crate::{
     attest::PodFacts,
-    kubernetes,
+    kubernetes::{self, ANSWER_WITHIN},
     rate::{Bucket, Rate},
 };
 

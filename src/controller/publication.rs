@@ -32,9 +32,8 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-use super::answer::ANSWER_WITHIN;
 use crate::{
-    kubernetes::{TRUST_BUNDLE, TRUST_BUNDLE_KEY, label},
+    kubernetes::{ANSWER_WITHIN, TRUST_BUNDLE, TRUST_BUNDLE_KEY, label},
     x509::Bundle,
 };
 

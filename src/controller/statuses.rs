@@ -19,13 +19,10 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{
-    answer::{ANSWER_WITHIN, clipped},
-    denials,
-};
+use super::{answer::clipped, denials};
 use crate::{
     clock::Clock,
-    kubernetes,
+    kubernetes::{self, ANSWER_WITHIN},
     policy::watch::{Examined, resource},
 };
 

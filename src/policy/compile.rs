@@ -12,8 +12,9 @@ use super::{
     MAX_NAME_BYTES, MAX_POLICIES, MAX_PROBLEMS, Source,
     address::Addresses,
     cel::Rule,
+    check::{Check, MAX_ENTRIES},
     document::{self, API_VERSION, Document, KIND, List, Problem},
-    fact::{Callers, Fact},
+    fact::Fact,
     is_object_name, lifetime, shown,
     signers::Signer,
     template::{Kind, Pattern},
@@ -21,8 +22,6 @@ use super::{
 };
 use crate::x509::{KeyAlgorithm, Usage, Usages};
 
-/// Entries in one list of a policy.
-pub const MAX_ENTRIES: usize = 64;
 /// Rules in one policy.
 pub const MAX_RULES: usize = 16;
 /// Offers in one policy.
@@ -100,43 +99,7 @@ pub(super) fn compile(sources: &[Source], default_signer: &str) -> Result<Vec<Po
     }
 }
 
-/// One document under examination.
-pub(super) struct Check<'a> {
-    file: &'a str,
-    default_signer: &'a str,
-    callers: Callers,
-    problems: &'a mut Vec<Problem>,
-}
-
 impl Check<'_> {
-    pub(super) fn problem<T>(&mut self, at: &Spanned<T>, field: &str, message: impl Into<String>) {
-        let (file, field) = (self.file.to_owned(), field.to_owned());
-        self.problems.push(Problem { file, line: at.referenced.line(), field, message: message.into() });
-    }
-
-    pub(super) fn text<T, U>(&mut self, at: &Spanned<T>, field: &str, parsed: Result<U, String>) -> Option<U> {
-        parsed.map_err(|message| self.problem(at, field, message)).ok()
-    }
-
-    /// Parses each entry; reports what does not parse, and a list over its bound.
-    pub(super) fn list<T, U>(
-        &mut self,
-        list: &List<T>,
-        field: &str,
-        max: usize,
-        mut parse: impl FnMut(&mut Self, &Spanned<T>, &str) -> Option<U>,
-    ) -> Vec<U> {
-        let Some(list) = list else {
-            return Vec::new();
-        };
-        if let Some(extra) = list.get(max) {
-            self.problem(extra, field, format!("{} entries, at most {max} are allowed", list.len()));
-            return Vec::new();
-        }
-        let entries = list.iter().enumerate();
-        entries.filter_map(|(i, entry)| parse(self, entry, &format!("{field}[{i}]"))).collect()
-    }
-
     fn patterns(&mut self, list: &List<String>, field: &str, kind: Kind) -> Vec<Pattern> {
         self.list(list, field, MAX_ENTRIES, |check, entry, field| {
             check.text(entry, field, Pattern::parse(kind, check.callers, &entry.value))

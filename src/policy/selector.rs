@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use serde_saphyr::Spanned;
 
 use super::{
-    compile::{Check, MAX_ENTRIES},
+    check::{Check, MAX_ENTRIES},
     document, is_object_name, shown,
 };
 

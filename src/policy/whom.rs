@@ -7,7 +7,7 @@
 use serde_saphyr::Spanned;
 
 use super::{
-    compile::{Check, MAX_ENTRIES},
+    check::{Check, MAX_ENTRIES},
     document::{self, List},
     fact::Callers,
     is_object_name,

@@ -29,6 +29,15 @@ pub(super) enum Change<T> {
     Silent(String),
 }
 
+/// What has come of one watch.
+#[derive(Debug, Default)]
+pub(super) struct Told {
+    /// Whether all has been listed once.
+    listed: bool,
+    /// Why nothing comes, if nothing does.
+    silent: Option<String>,
+}
+
 /// Hands over each change, for ever. Each object is cut down by `read` as soon as it arrives.
 pub(super) async fn follow<K, T>(
     api: Api<K>,
@@ -65,6 +74,21 @@ pub(super) async fn follow<K, T>(
                 failures += 1;
                 sleep(RETRY.delay(failures, &mut random)).await;
             }
+        }
+    }
+}
+
+impl Told {
+    pub(super) fn heard<T>(&mut self, change: &Change<T>) {
+        self.listed |= matches!(change, Change::All(_));
+        self.silent = if let Change::Silent(reason) = change { Some(reason.clone()) } else { None };
+    }
+
+    pub(super) fn ready(&self, what: &str) -> Result<(), String> {
+        match &self.silent {
+            _ if self.listed => Ok(()),
+            Some(reason) => Err(format!("{what} cannot be listed: {reason}")),
+            None => Err(format!("{what} have not been listed yet")),
         }
     }
 }

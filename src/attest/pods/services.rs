@@ -7,10 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
 
-use super::{
-    follow::Change,
-    state::{Told, Touched},
-};
+use super::follow::{Change, Told};
 use crate::attest::PodFacts;
 
 /// Slices that the control plane did not make from a selector.
@@ -23,6 +20,17 @@ const SERVICE_NAME: &str = "kubernetes.io/service-name";
 pub(super) struct Services {
     services: Index<Selects>,
     slices: Index<Members>,
+}
+
+/// The pods that a change may matter to.
+#[derive(Debug)]
+pub(super) enum Touched {
+    /// None.
+    Nothing,
+    /// Those of one namespace.
+    Namespace(String),
+    /// Every one.
+    All,
 }
 
 /// Objects of one kind, by namespace and name.

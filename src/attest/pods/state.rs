@@ -11,9 +11,9 @@ use kube::core::PartialObjectMeta;
 
 use super::{
     DELETION_LEEWAY,
-    follow::Change,
+    follow::{Change, Told},
     pod::{ContainerStatus, Pod},
-    services::Services,
+    services::{Services, Touched},
 };
 use crate::attest::{Facts, PodFacts, Workload, cgroup::InPod};
 
@@ -34,26 +34,6 @@ pub(super) struct State {
     decided: bool,
     /// Whether everything has been listed once: before that, no pod is known.
     begun: bool,
-}
-
-/// The pods that a change may matter to.
-#[derive(Debug)]
-pub(super) enum Touched {
-    /// None.
-    Nothing,
-    /// Those of one namespace.
-    Namespace(String),
-    /// Every one.
-    All,
-}
-
-/// What has come of one watch.
-#[derive(Debug, Default)]
-pub(super) struct Told {
-    /// Whether all has been listed once.
-    listed: bool,
-    /// Why nothing comes, if nothing does.
-    silent: Option<String>,
 }
 
 /// A pod with what is known of it beyond its facts.
@@ -275,21 +255,6 @@ impl State {
         let begun = self.begun;
         self.begun |= self.synced();
         changed || self.begun != begun
-    }
-}
-
-impl Told {
-    pub(super) fn heard<T>(&mut self, change: &Change<T>) {
-        self.listed |= matches!(change, Change::All(_));
-        self.silent = if let Change::Silent(reason) = change { Some(reason.clone()) } else { None };
-    }
-
-    pub(super) fn ready(&self, what: &str) -> Result<(), String> {
-        match &self.silent {
-            _ if self.listed => Ok(()),
-            Some(reason) => Err(format!("{what} cannot be listed: {reason}")),
-            None => Err(format!("{what} have not been listed yet")),
-        }
     }
 }
 

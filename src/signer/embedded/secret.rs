@@ -4,7 +4,7 @@
 //! server on the thread it is called on, as the state folder does for its disk. Answers that hold keys pass through
 //! buffers of libraries, which are not wiped; what is kept here is.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use k8s_openapi::{ByteString, api::core::v1::Secret as Object};
@@ -17,10 +17,7 @@ use tokio::{runtime::Handle, time::timeout};
 use zeroize::Zeroizing;
 
 use super::{EmbeddedError, store::Found};
-use crate::kubernetes::label;
-
-/// The longest wait for one answer of the API server.
-const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+use crate::kubernetes::{ANSWER_WITHIN, label};
 
 /// One Secret; its keys are named as files of the state folder.
 pub(super) struct Secret {

@@ -25,10 +25,8 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{Instrument as _, Span, field::Empty};
 
 use super::failure::{ApiError, said};
-use crate::metrics::Metrics;
+use crate::{kubernetes::ANSWER_WITHIN, metrics::Metrics};
 
-/// How long one request may take.
-pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of an answer; etcd holds no larger object.
 pub(super) const MAX_ANSWER_BYTES: usize = 2 * 1024 * 1024;
 /// Requests of ours in one list.
@@ -152,7 +150,7 @@ fn built<E: std::fmt::Debug>(request: Result<http::Request<Vec<u8>>, E>) -> http
 }
 
 fn limit(began: Instant, until: Instant) -> Instant {
-    until.min(began + REQUEST_TIMEOUT)
+    until.min(began + ANSWER_WITHIN)
 }
 
 /// The span of one request, by the semantic conventions for HTTP, with the id by which the server's audit log has it.

@@ -18,14 +18,10 @@ use tokio::{
 use tokio_stream::StreamExt as _;
 use tokio_util::sync::CancellationToken;
 
-use super::{
-    APPROVAL_TIMEOUT, CREATE_TIMEOUT, SIGNING_TIMEOUT,
-    api::{CsrApi, REQUEST_TIMEOUT},
-    failure::ApiError,
-};
+use super::{APPROVAL_TIMEOUT, CREATE_TIMEOUT, SIGNING_TIMEOUT, api::CsrApi, failure::ApiError};
 use crate::{
     clock::Clock,
-    kubernetes::{Identity, extra, label, node_label},
+    kubernetes::{ANSWER_WITHIN, Identity, extra, label, node_label},
     metrics::Metrics,
 };
 
@@ -155,7 +151,7 @@ impl Work {
         let api = self.api.clone();
         async move {
             let Doomed { name, uid } = doomed;
-            if let Err(error) = api.delete(&name, uid, Instant::now() + REQUEST_TIMEOUT).await {
+            if let Err(error) = api.delete(&name, uid, Instant::now() + ANSWER_WITHIN).await {
                 tracing::warn!(name, reason = error.reason(), %error, "a CertificateSigningRequest could not be deleted");
             }
         }
@@ -165,7 +161,7 @@ impl Work {
     /// Deletes what no attempt can still wait for.
     async fn sweep(self: Arc<Self>) {
         let labels = format!("{}={},{}={}", label::MANAGED_BY, label::MANAGER, label::NODE, node_label(&self.node));
-        let found = match self.api.list(&labels, Instant::now() + REQUEST_TIMEOUT).await {
+        let found = match self.api.list(&labels, Instant::now() + ANSWER_WITHIN).await {
             Ok(found) => found.items,
             Err(error) => {
                 tracing::warn!(reason = error.reason(), %error, "cannot look for orphaned CertificateSigningRequests");

@@ -5,8 +5,8 @@
 
 use std::time::Duration;
 
-use super::{APPROVAL_TIMEOUT, MIN_LIFETIME, SIGNING_TIMEOUT, api::REQUEST_TIMEOUT};
-use crate::kubernetes::{self, SIGNER};
+use super::{APPROVAL_TIMEOUT, MIN_LIFETIME, SIGNING_TIMEOUT};
+use crate::kubernetes::{self, ANSWER_WITHIN, SIGNER};
 
 /// Bytes of another's text in an error of ours.
 pub(super) const MAX_SAID_BYTES: usize = 512;
@@ -156,8 +156,8 @@ pub enum ApiError {
     /// No connection, or one that broke.
     #[error("the API server cannot be reached: {0}")]
     Unreachable(String),
-    /// Longer than `REQUEST_TIMEOUT`.
-    #[error("the API server did not answer within {} s", REQUEST_TIMEOUT.as_secs())]
+    /// Longer than `ANSWER_WITHIN`.
+    #[error("the API server did not answer within {} s", ANSWER_WITHIN.as_secs())]
     Timeout,
     /// 401.
     #[error("the API server does not accept the agent's credentials: {0}")]

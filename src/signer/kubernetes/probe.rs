@@ -20,11 +20,11 @@ use tokio::time::{Instant, timeout};
 
 use super::{
     MIN_LIFETIME,
-    api::{CsrApi, REQUEST_TIMEOUT},
+    api::CsrApi,
     failure::{ApiError, BUILT_IN},
 };
 use crate::{
-    kubernetes::{Identity, annotation, extra},
+    kubernetes::{ANSWER_WITHIN, Identity, annotation, extra},
     metrics::Metrics,
     x509::{KeyAlgorithm, KeyError, Names, PrivateKey, Usage, pem, write},
 };
@@ -104,7 +104,7 @@ async fn may(client: &Client, attributes: ResourceAttributes) -> Result<bool, Pr
     let spec = SelfSubjectAccessReviewSpec { resource_attributes, ..SelfSubjectAccessReviewSpec::default() };
     let review = SelfSubjectAccessReview { spec, ..SelfSubjectAccessReview::default() };
     let reviews: Api<SelfSubjectAccessReview> = Api::all(client.clone());
-    let answer = timeout(REQUEST_TIMEOUT, reviews.create(&PostParams::default(), &review)).await;
+    let answer = timeout(ANSWER_WITHIN, reviews.create(&PostParams::default(), &review)).await;
     let answer = answer.map_or(Err(ApiError::Timeout), |answer| answer.map_err(ApiError::of_client));
     let review = answer.map_err(|source| ProbeError::Api { action: "ask what the agent may do", source })?;
     Ok(review.status.is_some_and(|status| status.allowed))
@@ -166,7 +166,7 @@ fn request(node: &str, signer: &str, lifetime: Duration) -> Result<CertificateSi
 }
 
 fn soon() -> Instant {
-    Instant::now() + REQUEST_TIMEOUT
+    Instant::now() + ANSWER_WITHIN
 }
 
 /// Why an agent does not start, or does not approve.

@@ -25,6 +25,11 @@ impl Cgroup {
         Self(folder)
     }
 
+    /// That of the pod's only container.
+    pub(crate) fn of(pod: &Pod) -> Self {
+        Self::make(&path(&pod.uid().unwrap(), &container_of(pod)))
+    }
+
     /// A command that goes into the cgroup and then becomes `through`, which takes another command as its arguments, or
     /// else that command itself.
     pub(crate) fn command(&self, through: &[&str]) -> Command {

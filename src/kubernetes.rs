@@ -21,8 +21,12 @@ use kube::{
     api::PostParams,
     client::{Body, ConfigExt as _},
     config::{KubeConfigOptions, Kubeconfig},
+    runtime::utils,
 };
+use tokio::time::Instant;
 use tower::{BoxError, ServiceBuilder};
+
+use crate::backoff::Backoff;
 
 /// The signer that the controller signs for, and that a policy in a cluster means when it names none.
 pub const SIGNER: &str = "csrd.dev/workload";
@@ -88,6 +92,35 @@ pub mod extra {
 pub fn node_label(node: &str) -> &str {
     let end = node.floor_char_boundary(MAX_LABEL_BYTES.min(node.len()));
     node[..end].trim_end_matches(|c: char| !c.is_ascii_alphanumeric())
+}
+
+/// Between tries of a watch while the API server is away: seldom enough for a cluster of agents, and soon after it is back.
+pub const WATCH_RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(10));
+/// A watch that has not failed for so long begins with short waits again.
+pub const WATCH_HELD: Duration = Duration::from_secs(60);
+
+/// [`WATCH_RETRY`] for kube's watchers. Their own default lets up to a minute pass after an outage, in which a right that
+/// was taken away would stay in force.
+#[derive(Debug, Default)]
+pub struct WatchBackoff {
+    failures: u32,
+    failed_at: Option<Instant>,
+}
+
+impl Iterator for WatchBackoff {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        let now = Instant::now();
+        let held = self.failed_at.replace(now).is_none_or(|before| now - before > WATCH_HELD);
+        self.failures = if held { 1 } else { self.failures.saturating_add(1) };
+        Some(WATCH_RETRY.delay(self.failures, &mut rand::rng()))
+    }
+}
+
+impl utils::Backoff for WatchBackoff {
+    /// Does nothing: an event that comes before each try of a list would reset it, and lists would be tried without end.
+    fn reset(&mut self) {}
 }
 
 /// How long a connection to the API server may take.
@@ -262,6 +295,23 @@ pub fn said(error: &kube::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_watch_is_tried_ever_less_often_up_to_ten_seconds_until_it_has_held() {
+        let mut backoff = WatchBackoff::default();
+        let mut wait = || {
+            utils::Backoff::reset(&mut backoff);
+            backoff.next().unwrap()
+        };
+        assert!(wait() <= Duration::from_millis(500));
+        let longest = Duration::from_secs(10);
+        let waits: Vec<_> = (0..9).map(|_| wait()).collect();
+        assert!(waits.iter().all(|wait| *wait <= longest) && waits[8] >= longest / 2, "{waits:?}");
+        tokio::time::advance(WATCH_HELD).await;
+        assert!(wait() >= longest / 2);
+        tokio::time::advance(WATCH_HELD + Duration::from_millis(1)).await;
+        assert!(wait() <= Duration::from_millis(500));
+    }
 
     #[test]
     fn a_nodes_label_is_a_valid_one_whatever_its_name() {

@@ -61,15 +61,15 @@
 //! | `files` | nothing of ours |
 //! | `socket` | nothing of ours |
 //! | `telemetry` | nothing of ours |
-//! | `kubernetes` | `telemetry` |
+//! | `kubernetes` | `telemetry`, `backoff` |
 //! | `rate` | nothing of ours |
 //! | `x509` | `spiffe` |
 //! | `attest::workload` | nothing of ours |
 //! | `policy` | `x509`, `attest::workload` |
 //! | `attest` | `attest::workload`, `attest::pods`, `kubernetes`, `clock` |
-//! | `attest::pods` | `attest`, `attest::workload`, `kubernetes`, `clock`, `backoff` |
+//! | `attest::pods` | `attest`, `attest::workload`, `kubernetes`, `clock` |
 //! | `policy::watch` | `policy`, `files`, `metrics`, `kubernetes` |
-//! | `trust` | `x509`, `files` |
+//! | `trust` | `x509`, `files`, `kubernetes` |
 //! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `kubernetes`, `metrics`, `backoff`, `telemetry` |
 //! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock` |
 //! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `rate`, `metrics`, `telemetry`, `attest::pods` |

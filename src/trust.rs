@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     files,
+    kubernetes::WatchBackoff,
     x509::{Bundle, chain::MAX_CERTIFICATES_PEM_BYTES},
 };
 
@@ -131,7 +132,7 @@ impl Publisher {
         objects: impl Stream<Item = watcher::Result<Option<K>>> + Send,
         text: impl Fn(K) -> Option<String>,
     ) {
-        let mut objects = std::pin::pin!(objects.default_backoff());
+        let mut objects = std::pin::pin!(objects.backoff(WatchBackoff::default()));
         while let Some(object) = objects.next().await {
             match object {
                 Ok(object) => self.take(object.and_then(&text).as_deref()),

@@ -33,7 +33,7 @@ use tokio::{
 };
 
 use crate::{
-    kubernetes::{ANSWER_WITHIN, TRUST_BUNDLE, TRUST_BUNDLE_KEY, label},
+    kubernetes::{ANSWER_WITHIN, TRUST_BUNDLE, TRUST_BUNDLE_KEY, WatchBackoff, label},
     x509::Bundle,
 };
 
@@ -80,10 +80,10 @@ impl Publication {
     pub(super) async fn run(mut self) {
         let client = self.client.clone();
         let by_name = watcher::Config::default().fields(&format!("metadata.name={TRUST_BUNDLE}"));
-        let mut maps = pin!(watcher(Api::<ConfigMap>::all(client.clone()), by_name).default_backoff());
+        let mut maps = pin!(watcher(Api::<ConfigMap>::all(client.clone()), by_name).backoff(WatchBackoff::default()));
         let by_label = watcher::Config::default().labels(WANTED);
         let mut namespaces =
-            pin!(watcher(Api::<PartialObjectMeta<Namespace>>::all(client), by_label).default_backoff());
+            pin!(watcher(Api::<PartialObjectMeta<Namespace>>::all(client), by_label).backoff(WatchBackoff::default()));
         let mut known = Known { trust_bundles: self.served().await, ..Known::default() };
         let mut trust_bundles = pin!(self.watch_trust_bundle(known.trust_bundles.as_ref()));
         loop {
@@ -187,7 +187,7 @@ impl Publication {
     ) -> BoxStream<'static, Result<Event<DynamicObject>, watcher::Error>> {
         let Some(resource) = resource else { return stream::pending().boxed() };
         let config = watcher::Config::default().fields(&format!("metadata.name={}", self.trust_bundle()));
-        watcher(Api::all_with(self.client.clone(), resource), config).default_backoff().boxed()
+        watcher(Api::all_with(self.client.clone(), resource), config).backoff(WatchBackoff::default()).boxed()
     }
 
     /// `csrd.dev:workload:csrd`: such a name belongs to the signer, and only who may attest for it may write it.

@@ -27,7 +27,7 @@ use super::{
     queue::{Outcome, Queue},
     verdict::{Request, screen},
 };
-use crate::rate::Rate;
+use crate::{kubernetes::WatchBackoff, rate::Rate};
 
 /// Requests answered at a time.
 pub const MAX_UNDER_WAY: usize = 32;
@@ -97,7 +97,7 @@ fn of_signer(signer: &str) -> String {
 
 fn watch(client: Client, signer: &str) -> Watched {
     let config = watcher::Config::default().fields(&of_signer(signer)).page_size(PAGE);
-    Box::pin(watcher(Api::all(client), config).default_backoff())
+    Box::pin(watcher(Api::all(client), config).backoff(WatchBackoff::default()))
 }
 
 impl Requests {

@@ -1,6 +1,7 @@
 //! `csrd controller` as a process, on a real control plane, with no more rights than it needs.
 
-mod deployment;
+pub(crate) mod agent;
+pub(crate) mod deployment;
 
 use std::{sync::Arc, time::Duration};
 

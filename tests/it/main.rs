@@ -19,6 +19,7 @@ mod hostile_h2;
 mod issue;
 mod node;
 mod openssl;
+mod outage;
 mod pods;
 mod policies;
 mod raw_h2;

@@ -1,6 +1,7 @@
 //! Pods and their tokens, on a real API server; and processes in cgroups as the kubelet makes them, at a real socket.
 
 mod caller;
+pub(crate) mod cgroup;
 mod joining;
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};

@@ -96,15 +96,22 @@ impl Collector {
 
     /// Waits until what has come is enough.
     pub(crate) async fn until(&mut self, enough: impl Fn(&Received) -> bool) -> Received {
+        self.gather(enough).await.unwrap_or_else(|received| panic!("not enough in {:#?}", received.all))
+    }
+
+    /// What has come once it is enough, or when it never is.
+    pub(crate) async fn gather(&mut self, enough: impl Fn(&Received) -> bool) -> Result<Received, Received> {
         let mut received = Received::default();
         let collected = async {
             while !enough(&received) {
-                let (headers, export) = self.export().await;
+                let (headers, export) = self.exports.recv().await.expect("a collector");
                 received.add(headers, export);
             }
         };
-        timeout(PATIENCE, collected).await.unwrap_or_else(|_| panic!("not enough in {:#?}", received.all));
-        received
+        match timeout(PATIENCE, collected).await {
+            Ok(()) => Ok(received),
+            Err(_) => Err(received),
+        }
     }
 }
 
@@ -129,16 +136,27 @@ pub(crate) struct Received {
     /// By name; of several with one name, the last.
     spans: HashMap<String, Span>,
     pub(crate) all: Vec<Span>,
+    /// By the ids of their spans.
+    services: HashMap<Vec<u8>, String>,
     pub(crate) bytes: Vec<u8>,
 }
 
 impl Received {
+    /// The service that sent it.
+    pub(crate) fn service(&self, span: &Span) -> &str {
+        &self.services[&span.span_id]
+    }
+
     fn add(&mut self, headers: HeaderMap, export: ExportTraceServiceRequest) {
         self.bytes.extend(export.encode_to_vec());
         self.headers = headers;
         for resource in export.resource_spans {
             self.resource = attributes(&resource.resource.unwrap().attributes);
-            self.all.extend(resource.scope_spans.into_iter().flat_map(|scope| scope.spans));
+            for span in resource.scope_spans.into_iter().flat_map(|scope| scope.spans) {
+                let service = self.resource.get("service.name").cloned().unwrap_or_default();
+                self.services.insert(span.span_id.clone(), service);
+                self.all.push(span);
+            }
         }
         self.spans = self.all.iter().map(|span| (span.name.clone(), span.clone())).collect();
     }

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper of a test fails the test")]
 
+mod cluster;
+
 use std::{collections::BTreeMap, fs, process::Stdio};
 
 use http::StatusCode;

@@ -1,6 +1,6 @@
 //! One watch, for as long as somebody follows it: every change, and after each list the whole.
 
-use std::{fmt::Debug, pin::pin, time::Duration};
+use std::{fmt::Debug, pin::pin};
 
 use futures_util::StreamExt as _;
 use kube::{
@@ -11,10 +11,7 @@ use rand::{SeedableRng as _, rngs::StdRng};
 use serde::de::DeserializeOwned;
 use tokio::time::sleep;
 
-use crate::{backoff::Backoff, kubernetes};
-
-/// Between tries while the API server is away: seldom enough for a cluster of agents, and soon after it is back.
-const RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(10));
+use crate::kubernetes::{self, WATCH_RETRY};
 
 /// What has happened to objects of one kind.
 #[derive(Debug)]
@@ -72,7 +69,7 @@ pub(super) async fn follow<K, T>(
                 }
                 apply(Change::Silent(reason));
                 failures += 1;
-                sleep(RETRY.delay(failures, &mut random)).await;
+                sleep(WATCH_RETRY.delay(failures, &mut random)).await;
             }
         }
     }

@@ -29,7 +29,7 @@ use tokio::{sync::watch, task::spawn_blocking};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    kubernetes,
+    kubernetes::{self, WatchBackoff},
     metrics::Metrics,
     policy::{API_VERSION, KIND, MAX_POLICIES, PLURAL, PolicySet, Problem, Source, schema::PODS_ONLY, whom::Whom},
 };
@@ -116,7 +116,7 @@ impl ClusterPolicies {
     pub async fn run(mut self, stop: CancellationToken) {
         let policies: Api<DynamicObject> = Api::all_with(self.client, &resource());
         // Lists again where a watch cannot go on, and waits longer each time that the API server does not answer.
-        let mut events = watcher(policies, watcher::Config::default()).default_backoff().boxed();
+        let mut events = watcher(policies, watcher::Config::default()).backoff(WatchBackoff::default()).boxed();
         while let Some(Some(event)) = stop.run_until_cancelled(events.next()).await {
             match event {
                 Ok(event) => self.seen.take_in(event).await,

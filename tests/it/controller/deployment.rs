@@ -1,4 +1,4 @@
-//! A deployment of a test's own on the shared control plane: a namespace with the ServiceAccounts of agents and
+//! A deployment of a test's own, on the shared control plane or another: a namespace with the ServiceAccounts of agents and
 //! controller, a signer that no other test has, and controllers as processes.
 
 use std::{
@@ -34,14 +34,16 @@ use crate::{
 pub(crate) const NEVER: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(50);
 
-pub(crate) struct Deployment {
-    pub(crate) cluster: &'static ControlPlane,
+pub(crate) struct Deployment<'a> {
+    pub(crate) cluster: &'a ControlPlane,
     pub(crate) admin: Client,
     /// Where agents and controller are.
     pub(crate) home: String,
     /// Where workloads are.
     pub(crate) work: String,
     pub(crate) signer: String,
+    /// The controller's `signer`, but for its name.
+    pub(crate) ca: Value,
     pub(crate) nodes: [String; 2],
     /// The agent of each node.
     pub(crate) agents: [Pod; 2],
@@ -62,9 +64,15 @@ pub(crate) enum Answer {
     Failed(Condition),
 }
 
-impl Deployment {
+impl Deployment<'static> {
+    /// On the shared control plane.
     pub(crate) async fn new() -> Option<Self> {
-        let cluster = ControlPlane::shared().await?;
+        Some(Self::on(ControlPlane::shared().await?).await)
+    }
+}
+
+impl<'a> Deployment<'a> {
+    pub(crate) async fn on(cluster: &'a ControlPlane) -> Self {
         let admin = cluster.admin().await;
         let (home, work) = (cluster.namespace(&[]).await, cluster.namespace(&[]).await);
         for name in ["csrd-agent", "csrd-controller"] {
@@ -81,7 +89,7 @@ impl Deployment {
         }
         let folder = tempfile::tempdir().unwrap();
         let (nodes, agents) = (nodes.try_into().unwrap(), agents.try_into().unwrap());
-        let deployment = Self { cluster, admin, home, work, signer, nodes, agents, folder };
+        let deployment = Self { cluster, admin, home, work, signer, ca: json!({}), nodes, agents, folder };
         deployment.allow("csrd-agent", agent_rules()).await;
         deployment.allow("csrd-controller", controller_rules(&deployment.signer)).await;
         policies::define(cluster).await;
@@ -92,10 +100,11 @@ impl Deployment {
                 "lifetime": {"min": "10m", "default": "1h", "max": "24h"},
             }))
             .await;
-        Some(deployment)
+        deployment
     }
 
-    async fn allow(&self, account: &str, rules: Value) {
+    /// Lets a ServiceAccount of the deployment's own do more.
+    pub(crate) async fn allow(&self, account: &str, rules: Value) {
         let name = unique(account);
         let _: ClusterRole = self.cluster.create(json!({"metadata": {"name": name}, "rules": rules})).await;
         let role = json!({"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": name});
@@ -157,12 +166,10 @@ impl Deployment {
         let token = self.cluster.unbound_token(&self.home, "csrd-controller", &[]).await;
         let kubeconfig = self.cluster.access.kubeconfig(&Identity::Token(token));
         let (config, log) = (self.folder.path().join(unique("config")), self.folder.path().join(unique("log")));
-        let text = format!(
-            "kubeconfig: {}\nnamespace: {}\nsigner: {{name: {}}}\n{more}\n",
-            kubeconfig.display(),
-            self.home,
-            self.signer
-        );
+        let mut signer = self.ca.clone();
+        signer["name"] = self.signer.clone().into();
+        let text =
+            format!("kubeconfig: {}\nnamespace: {}\nsigner: {signer}\n{more}\n", kubeconfig.display(), self.home);
         fs::write(&config, text).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_csrd"));
         command.arg("controller").arg("--config").arg(config).envs(variables.iter().copied()).stdout(Stdio::null());
@@ -353,7 +360,7 @@ fn controller_rules(signer: &str) -> Value {
 }
 
 /// Another ServiceAccount that may do what agents may.
-pub(crate) async fn account(deployment: &Deployment, name: &str) {
+pub(crate) async fn account(deployment: &Deployment<'_>, name: &str) {
     deployment.cluster.service_account(&deployment.home, name).await;
     deployment.allow(name, agent_rules()).await;
 }

@@ -1,7 +1,6 @@
 //! Processes in cgroups as the kubelet makes them, at an agent's real socket. Needs root.
 
 use std::{
-    fs,
     num::NonZeroU32,
     path::{Path, PathBuf},
     process::Stdio,
@@ -37,7 +36,11 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Status, transport::Endpoint};
 use tonic_types::StatusExt as _;
 
-use super::{AUDIENCE, Followed, PATIENCE, Scope, relabel};
+use super::{
+    AUDIENCE, Followed, PATIENCE, Scope,
+    cgroup::{Cgroup, container_of, path as cgroup_of},
+    relabel,
+};
 use crate::{
     agent::ask,
     attest::is_root,
@@ -149,43 +152,8 @@ async fn until_served(socket: &Path) {
     timeout(PATIENCE, served).await.expect("the agent serves");
 }
 
-/// The path that the kubelet gives a container of a pod of the lowest quality.
-fn cgroup_of(uid: &str, container: &str) -> String {
-    format!("kubepods/besteffort/pod{uid}/{container}")
-}
-
-fn container_of(pod: &Pod) -> String {
-    let id = pod.status.as_ref().unwrap().container_statuses.as_ref().unwrap()[0].container_id.clone().unwrap();
-    id.strip_prefix("containerd://").unwrap().to_owned()
-}
-
 fn new_container() -> String {
     (0..32).map(|_| format!("{:02x}", rand::random::<u8>())).collect()
-}
-
-/// A cgroup, until it is dropped.
-struct Cgroup(PathBuf);
-
-impl Cgroup {
-    fn make(path: &str) -> Self {
-        // Any hierarchy of version 1 will do, and else there is only the one of version 2.
-        let root = Path::new("/sys/fs/cgroup");
-        let root = [root.join("pids"), root.to_owned()].into_iter().find(|it| it.join("cgroup.procs").exists());
-        let folder = root.expect("cgroups are mounted where they always are").join(path);
-        // Another test's end may take a parent away between two steps.
-        while let Err(error) = fs::create_dir_all(&folder) {
-            assert_eq!(error.kind(), std::io::ErrorKind::NotFound, "{error}");
-        }
-        Self(folder)
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        // Up to the first that is still in use.
-        let mut folder = self.0.clone();
-        while fs::remove_dir(&folder).is_ok() && folder.pop() {}
-    }
 }
 
 /// A process in a cgroup, which calls as it is told; see [`act`].
@@ -204,11 +172,7 @@ impl Caller {
     /// Runs a test of this file as a process in `cgroup`, by `through`, which takes another command as its arguments.
     fn run(socket: &Path, cgroup: &str, through: &[&str], test: &str) -> Self {
         let cgroup = Cgroup::make(cgroup);
-        let mut command = Command::new("sh");
-        command
-            .args(["-c", "echo $$ > \"$1/cgroup.procs\" && shift && exec \"$@\"", "sh"])
-            .arg(&cgroup.0)
-            .args(through);
+        let mut command = Command::from(cgroup.command(through));
         command.arg(std::env::current_exe().unwrap()).args(["--exact", test, "--ignored", "--nocapture"]);
         command.env("CSRD_TEST_SOCKET", socket).stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
         let mut process = command.spawn().unwrap();

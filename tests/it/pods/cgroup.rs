@@ -1,0 +1,58 @@
+//! Cgroups as the kubelet makes them, and processes in them: to an agent, such a process is its pod. Needs root.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt as _;
+
+/// A cgroup, until it is dropped.
+pub(crate) struct Cgroup(PathBuf);
+
+impl Cgroup {
+    pub(crate) fn make(path: &str) -> Self {
+        // Any hierarchy of version 1 will do, and else there is only the one of version 2.
+        let root = Path::new("/sys/fs/cgroup");
+        let root = [root.join("pids"), root.to_owned()].into_iter().find(|it| it.join("cgroup.procs").exists());
+        let folder = root.expect("cgroups are mounted where they always are").join(path);
+        // Another test's end may take a parent away between two steps.
+        while let Err(error) = fs::create_dir_all(&folder) {
+            assert_eq!(error.kind(), std::io::ErrorKind::NotFound, "{error}");
+        }
+        Self(folder)
+    }
+
+    /// That of the pod's only container.
+    pub(crate) fn of(pod: &Pod) -> Self {
+        Self::make(&path(&pod.uid().unwrap(), &container_of(pod)))
+    }
+
+    /// A command that goes into the cgroup and then becomes `through`, which takes another command as its arguments, or
+    /// else that command itself.
+    pub(crate) fn command(&self, through: &[&str]) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo $$ > \"$1/cgroup.procs\" && shift && exec \"$@\"", "sh"]).arg(&self.0).args(through);
+        command
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // Up to the first that is still in use.
+        let mut folder = self.0.clone();
+        while fs::remove_dir(&folder).is_ok() && folder.pop() {}
+    }
+}
+
+/// The path that the kubelet gives a container of a pod of the lowest quality.
+pub(crate) fn path(uid: &str, container: &str) -> String {
+    format!("kubepods/besteffort/pod{uid}/{container}")
+}
+
+pub(super) fn container_of(pod: &Pod) -> String {
+    let id = pod.status.as_ref().unwrap().container_statuses.as_ref().unwrap()[0].container_id.clone().unwrap();
+    id.strip_prefix("containerd://").unwrap().to_owned()
+}

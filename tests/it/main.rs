@@ -25,6 +25,7 @@ mod raw_h2;
 mod sds;
 mod signer;
 mod start;
+mod stolen_token;
 mod stop;
 mod telemetry;
 mod tidy;

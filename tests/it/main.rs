@@ -24,6 +24,7 @@ mod policies;
 mod raw_h2;
 mod sds;
 mod signer;
+mod socket_folder;
 mod start;
 mod stolen_token;
 mod stop;

@@ -46,6 +46,7 @@ mod names;
 mod peer;
 pub mod pods;
 mod proc;
+mod shares;
 mod stream;
 pub mod token;
 mod workload;

@@ -64,7 +64,7 @@ impl Cluster {
     /// Checks that a token which came with a call of `workload` is that pod's own.
     pub(super) async fn confirm(&self, workload: &Workload, token: &Token) -> Result<(), TokenError> {
         let pod = workload.pod().ok_or(TokenError::NotInPod)?;
-        let bearer = self.tokens.review(token).await?;
+        let bearer = self.tokens.review(&pod.uid, token).await?;
         if bearer.pod_uid == pod.uid { Ok(()) } else { Err(TokenError::OtherPod) }
     }
 }

@@ -36,7 +36,7 @@ use self::{
 };
 #[cfg(any(test, feature = "testing"))]
 use super::PodFacts;
-use super::{AttestError, Workload, cgroup::InPod};
+use super::{AttestError, Workload, cgroup::InPod, shares::Shares};
 use crate::clock::Clock;
 
 /// Objects read at a time. Each may have 1.5 MB, whoever made it, and is held more than once before it is cut down to what
@@ -46,6 +46,8 @@ pub const PAGE: u32 = 25;
 pub const POD_WAIT: Duration = Duration::from_secs(5);
 /// Calls that may wait so; one more is told at once to come back.
 pub const MAX_WAITING: usize = 1024;
+/// Of these, calls that may wait for one pod.
+pub const MAX_WAITING_PER_POD: usize = MAX_WAITING / 4;
 /// How long past its grace period a pod that is still being deleted counts as live; as long as the API server accepts
 /// its tokens.
 pub const DELETION_LEEWAY: Duration = Duration::from_secs(60);
@@ -71,6 +73,7 @@ struct Shared {
     generation: watch::Sender<u64>,
     services: watch::Sender<bool>,
     waiting: Semaphore,
+    shares: Shares,
 }
 
 impl Pods {
@@ -83,6 +86,7 @@ impl Pods {
             generation: watch::Sender::new(0),
             services: watch::Sender::new(false),
             waiting: Semaphore::new(MAX_WAITING),
+            shares: Shares::new(MAX_WAITING_PER_POD),
         }))
     }
 
@@ -91,9 +95,10 @@ impl Pods {
         self.lock().by_uid(uid, self.0.clock.now())
     }
 
-    /// The live pod of that UID, waiting for it up to [`POD_WAIT`], if at most [`MAX_WAITING`] wait already.
+    /// The live pod of that UID, waiting for it up to [`POD_WAIT`], if fewer than [`MAX_WAITING`] wait already, and
+    /// fewer than [`MAX_WAITING_PER_POD`] for it.
     pub async fn wait_for(&self, uid: &str) -> Option<Arc<Workload>> {
-        self.wait(|state| state.by_uid(uid, self.0.clock.now())).await
+        self.wait(uid, |state| state.by_uid(uid, self.0.clock.now())).await
     }
 
     /// The pod of a process in that cgroup, waiting as [`Pods::wait_for`] does.
@@ -103,7 +108,7 @@ impl Pods {
             Found::Contradiction => Some(Err(AttestError::PodContradicted { uid: process.uid.clone() })),
             Found::Nothing => None,
         };
-        self.wait(look).await.unwrap_or_else(|| Err(self.unknown(&process.uid)))
+        self.wait(&process.uid, look).await.unwrap_or_else(|| Err(self.unknown(&process.uid)))
     }
 
     /// That no live pod has that UID, and why.
@@ -199,11 +204,13 @@ impl Pods {
         }
     }
 
-    async fn wait<T>(&self, look: impl Fn(&State) -> Option<T>) -> Option<T> {
+    async fn wait<T>(&self, uid: &str, look: impl Fn(&State) -> Option<T>) -> Option<T> {
         let mut changes = self.changed();
         if let Some(found) = look(&self.lock()) {
             return Some(found);
         }
+        let share = self.0.shares.of(uid);
+        let _own = share.try_acquire().ok()?;
         let _place = self.0.waiting.try_acquire().ok()?;
         let appears = async {
             loop {
@@ -295,15 +302,21 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn so_many_calls_wait_and_one_more_is_told_to_come_back() {
-        let pods = pods();
-        let mut waiting: Vec<_> = (0..MAX_WAITING).map(|_| Box::pin(pods.wait_for("u1"))).collect();
-        for call in &mut waiting {
-            assert!(poll!(call).is_pending());
+    async fn so_many_calls_wait_for_one_pod_and_for_all_and_one_more_is_told_to_come_back() {
+        let (pods, uids) = (pods(), ["u1", "u2", "u3", "u4"]);
+        let mut waiting = Vec::new();
+        for uid in uids {
+            for _ in 0..MAX_WAITING_PER_POD {
+                let mut call = Box::pin(pods.wait_for(uid));
+                assert!(poll!(&mut call).is_pending());
+                waiting.push(call);
+            }
+            let began = Instant::now();
+            assert!(pods.wait_for(uid).await.is_none() && began.elapsed().is_zero(), "one past the pod's share");
         }
         let began = Instant::now();
-        assert!(pods.wait_for("u1").await.is_none() && began.elapsed().is_zero(), "one past the bound");
-        pods.list_for_test(vec![pod("u1")]);
+        assert!(pods.wait_for("u5").await.is_none() && began.elapsed().is_zero(), "one past the bound");
+        pods.list_for_test(uids.map(pod).into());
         assert!(pods.wait_for("u1").await.is_some(), "what is known needs no place");
         for call in waiting {
             assert!(call.await.is_some());

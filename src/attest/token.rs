@@ -19,6 +19,7 @@ use tokio::{
 };
 use zeroize::Zeroizing;
 
+use super::shares::Shares;
 use crate::kubernetes::{self, extra};
 
 /// How long a verdict is used again.
@@ -27,6 +28,8 @@ pub const VERDICT_HOLDS_FOR: Duration = Duration::from_secs(10);
 pub const MAX_VERDICTS: usize = 1024;
 /// Reviews under way at once; more wait.
 pub const MAX_REVIEWS: usize = 8;
+/// Of these, reviews of tokens that one pod sent; more wait, and delay nobody else's.
+pub const MAX_REVIEWS_PER_POD: usize = 2;
 /// How long a review may take, waiting for its turn included.
 pub const REVIEW_TIMEOUT: Duration = Duration::from_secs(5);
 /// Bytes of a token.
@@ -46,6 +49,7 @@ pub struct Tokens {
     node: String,
     verdicts: Mutex<HashMap<[u8; 32], Review>>,
     under_way: Semaphore,
+    shares: Shares,
 }
 
 /// One review, of which the outcome is shared by all who ask meanwhile.
@@ -124,15 +128,15 @@ impl Token {
 impl Tokens {
     /// Reviews tokens for `audience`, of pods of `node`.
     pub fn new(client: Client, audience: String, node: String) -> Self {
-        let (verdicts, under_way) = (Mutex::default(), Semaphore::new(MAX_REVIEWS));
-        Self { client, audience, node, verdicts, under_way }
+        let (under_way, shares) = (Semaphore::new(MAX_REVIEWS), Shares::new(MAX_REVIEWS_PER_POD));
+        Self { client, audience, node, verdicts: Mutex::default(), under_way, shares }
     }
 
-    /// Whose `token` is, by a verdict of at most [`VERDICT_HOLDS_FOR`] ago.
-    pub(super) async fn review(&self, token: &Token) -> Result<Bearer, TokenError> {
+    /// Whose `token` is that the pod with UID `sender` sent, by a verdict of at most [`VERDICT_HOLDS_FOR`] ago.
+    pub(super) async fn review(&self, sender: &str, token: &Token) -> Result<Bearer, TokenError> {
         let key = token.sha256();
         let Review { verdict, .. } = self.begun(key);
-        let outcome = verdict.get_or_init(|| self.ask(token)).await.clone();
+        let outcome = verdict.get_or_init(|| self.ask(sender, token)).await.clone();
         if outcome.as_ref().is_err_and(TokenError::is_transient) {
             self.lock().retain(|_, review| !Arc::ptr_eq(&review.verdict, &verdict));
         }
@@ -158,14 +162,16 @@ impl Tokens {
         review
     }
 
-    async fn ask(&self, token: &Token) -> Result<Bearer, TokenError> {
+    async fn ask(&self, sender: &str, token: &Token) -> Result<Bearer, TokenError> {
         let not_reviewed = |why: String| TokenError::NotReviewed { why };
         let review = TokenReview {
             spec: TokenReviewSpec { audiences: Some(vec![self.audience.clone()]), token: token.0.as_str().to_owned() },
             ..TokenReview::default()
         };
         let reviews = Api::<TokenReview>::all(self.client.clone());
+        let share = self.shares.of(sender);
         let answer = async {
+            let _own = share.acquire().await.expect("it is never closed");
             let _turn = self.under_way.acquire().await.expect("it is never closed");
             reviews.create(&PostParams::default(), &review).await
         };
@@ -306,7 +312,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_token_is_its_pods_if_it_is_for_us_bound_and_of_this_node() {
         let (reviewer, _) = tokens(201, good(bound()));
-        assert_eq!(reviewer.review(&token("a")).await.unwrap(), Bearer { pod_uid: "u1".to_owned() });
+        assert_eq!(reviewer.review("u1", &token("a")).await.unwrap(), Bearer { pod_uid: "u1".to_owned() });
         let status = |status: Value| json!({"spec": {"token": ""}, "status": status});
         let with = |key: &str, value: Value| {
             let mut review = good(bound());
@@ -330,7 +336,7 @@ mod tests {
         ] {
             let (reviewer, asked) = tokens(201, answer.clone());
             for _ in 0..2 {
-                let error = reviewer.review(&token("a")).await.unwrap_err();
+                let error = reviewer.review("u1", &token("a")).await.unwrap_err();
                 assert_eq!((error.reason(), error.is_transient()), (reason, false), "{answer}");
             }
             assert_eq!(asked.load(Ordering::Relaxed), 1, "a refusal holds as a yes does");
@@ -341,14 +347,15 @@ mod tests {
     async fn a_verdict_is_shared_and_holds_for_ten_seconds() {
         let (reviewer, asked) = tokens(201, good(bound()));
         let (a, b) = (token("a"), token("b"));
-        let (first, second, other) = tokio::join!(reviewer.review(&a), reviewer.review(&a), reviewer.review(&b));
+        let (first, second, other) =
+            tokio::join!(reviewer.review("u1", &a), reviewer.review("u1", &a), reviewer.review("u1", &b));
         assert!(first.is_ok() && second.is_ok() && other.is_ok());
         assert_eq!(asked.load(Ordering::Relaxed), 2, "once for each token");
         advance(VERDICT_HOLDS_FOR - ANSWER_TAKES - Duration::from_millis(1)).await;
-        reviewer.review(&a).await.unwrap();
+        reviewer.review("u1", &a).await.unwrap();
         assert_eq!(asked.load(Ordering::Relaxed), 2);
         advance(Duration::from_millis(1)).await;
-        reviewer.review(&a).await.unwrap();
+        reviewer.review("u1", &a).await.unwrap();
         assert_eq!(asked.load(Ordering::Relaxed), 3, "counted from when the API server was asked");
     }
 
@@ -357,12 +364,30 @@ mod tests {
         let message = json!({"kind": "Status", "status": "Failure", "code": 503, "message": "away", "reason": "x"});
         let (reviewer, asked) = tokens(503, message);
         let a = token("a");
-        let both = tokio::join!(reviewer.review(&a), reviewer.review(&a));
-        for error in [both.0.unwrap_err(), both.1.unwrap_err(), reviewer.review(&a).await.unwrap_err()] {
+        let both = tokio::join!(reviewer.review("u1", &a), reviewer.review("u1", &a));
+        for error in [both.0.unwrap_err(), both.1.unwrap_err(), reviewer.review("u1", &a).await.unwrap_err()] {
             assert_eq!(error.to_string(), "the API server does not review the token: away");
             assert!(error.is_transient());
         }
         assert_eq!(asked.load(Ordering::Relaxed), 2, "those who ask at once share the answer");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_with_many_tokens_delays_no_other_pods() {
+        let (reviewer, asked) = tokens(201, good(bound()));
+        let many = (0..10 * MAX_REVIEWS).map(|n| {
+            let reviewer = reviewer.clone();
+            tokio::spawn(async move { reviewer.review("greedy", &token(&n.to_string())).await })
+        });
+        let many: Vec<_> = many.collect();
+        sleep(ANSWER_TAKES / 2).await;
+        assert_eq!(asked.load(Ordering::Relaxed), MAX_REVIEWS_PER_POD, "its share, and not one more");
+        let began = Instant::now();
+        reviewer.review("u1", &token("a")).await.unwrap();
+        assert_eq!(began.elapsed(), ANSWER_TAKES, "no wait");
+        for review in many {
+            review.await.unwrap().unwrap();
+        }
     }
 
     #[tokio::test(start_paused = true)]
@@ -372,7 +397,7 @@ mod tests {
         let began = Instant::now();
         let reviews = (0..=2 * all).map(|n| {
             let reviewer = reviewer.clone();
-            tokio::spawn(async move { reviewer.review(&token(&n.to_string())).await })
+            tokio::spawn(async move { reviewer.review(&format!("u{}", n % 4), &token(&n.to_string())).await })
         });
         let mut late = 0;
         for review in reviews.collect::<Vec<_>>() {

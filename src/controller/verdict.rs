@@ -189,6 +189,11 @@ impl Claim {
             let value = annotations.get(key).filter(|value| policy::is_object_name(value));
             value.cloned().ok_or(Refusal::Annotation { key })
         };
+        // Never of none: whoever is root on a node may claim a static pod of any name and labels, but none with a
+        // ServiceAccount.
+        if annotations.get(annotation::SERVICE_ACCOUNT).is_some_and(String::is_empty) {
+            return Err(Refusal::NoServiceAccount);
+        }
         let claimed = said(annotation::NODE)?;
         if claimed != node {
             return Err(Refusal::OtherNodeClaimed { claimed, node });
@@ -204,8 +209,6 @@ impl Claim {
                 name: said(annotation::POD_NAME)?,
                 uid: said(annotation::POD_UID)?,
             },
-            // Never of none: whoever is root on a node may claim a static pod of any name and labels, but none with a
-            // ServiceAccount.
             service_account: said(annotation::SERVICE_ACCOUNT)?,
             foreign: spec.signer_name != rules.signer,
             signer: spec.signer_name,
@@ -317,6 +320,8 @@ pub(super) enum Refusal {
         "annotation {key} must be there and be the name of an object, of 1 to {MAX_ANNOTATION_BYTES} bytes of a-z, 0-9, '-' and '.'"
     )]
     Annotation { key: &'static str },
+    #[error("a pod without a ServiceAccount, as static pods are, gets no certificate: any node may claim to have one")]
+    NoServiceAccount,
     #[error(
         "annotation {} says node {claimed:?}, and the requester's token is bound to node {node:?}",
         annotation::NODE
@@ -357,6 +362,7 @@ impl Refusal {
             Self::NotAnAgent { .. } => "NOT_AN_AGENT",
             Self::TokenNotBound { .. } => "TOKEN_NOT_BOUND",
             Self::Annotation { .. } => "ANNOTATION_MISSING",
+            Self::NoServiceAccount => "NO_SERVICE_ACCOUNT",
             Self::OtherNodeClaimed { .. } => "OTHER_NODE_CLAIMED",
             Self::Expiration => "EXPIRATION_MISSING",
             Self::Usage { .. } => "USAGE_NOT_ALLOWED",

@@ -7,18 +7,17 @@
 use std::{
     fs,
     path::PathBuf,
-    process::{Child, Command, Stdio},
+    process::{Child, Command},
     time::Duration,
 };
 
 use futures_util::{StreamExt as _, future::join_all, stream};
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt as _;
-use serde_json::Value;
 use tokio::time::sleep;
 
 use crate::{
-    it::cluster::{ControlPlane, Identity, Options, eventually},
+    it::cluster::{ControlPlane, Identity, Overlay, SYSTEM, eventually},
     pod::{ISSUE, Process, SUBSCRIBE},
     process::resident_kib,
     table::{Table, percentile},
@@ -36,15 +35,7 @@ const ROUNDS: usize = 4;
 /// How long nothing happens: a watch is begun anew before it is over.
 const IDLE: Duration = Duration::from_secs(300);
 
-const SYSTEM: &str = "csrd-system";
 const AGENT: &str = "system:serviceaccount:csrd-system:csrd-agent";
-
-const AUDIT: &str = "
-apiVersion: audit.k8s.io/v1
-kind: Policy
-omitStages: [RequestReceived]
-rules: [{level: Metadata}]
-";
 
 const POLICY: &str = "
 apiVersion: csrd.dev/v1alpha1
@@ -55,61 +46,42 @@ spec:
   allow: {dnsNames: ['*.bench.internal']}
 ";
 
-/// An agent and a controller on a control plane of their own; all end when this is dropped.
+/// An agent where `deploy/kubernetes` is applied.
 struct Site {
-    cluster: ControlPlane,
+    cluster: &'static ControlPlane,
     folder: tempfile::TempDir,
     node: String,
     namespace: String,
-    running: Vec<Child>,
+    agent: Child,
 }
 
 impl Site {
     async fn start() -> Option<Self> {
+        let cluster = ControlPlane::shipped(Overlay::ApprovalController).await?;
         let folder = tempfile::tempdir().expect("a folder");
-        let (policy, log) = (folder.path().join("audit.yaml"), folder.path().join("audit.log"));
-        fs::write(&policy, AUDIT).expect("the audit policy");
-        let flags = [("policy-file", policy), ("log-path", log)];
-        let apiserver = flags.map(|(flag, path)| format!("--audit-{flag}={}", path.display())).to_vec();
-        let cluster = ControlPlane::start(Options { apiserver, ..Options::default() }).await?;
+        let path = |name: &str| folder.path().join(name);
+        fs::write(path("policy.yaml"), POLICY).expect("the policy");
+        let applied = ["apply", "-f", &path("policy.yaml").display().to_string()].map(str::to_owned);
+        let accepted = ["wait", "--for=condition=Accepted", "certificatepolicy/bench"].map(str::to_owned);
+        for arguments in [applied, accepted] {
+            let output = cluster.kubectl(&arguments.each_ref().map(String::as_str)).await;
+            assert!(output.status.success(), "kubectl: {}", String::from_utf8_lossy(&output.stderr));
+        }
         let node = cluster.node("bench").await.name_any();
-        let mut site = Self { cluster, folder, node, namespace: String::new(), running: Vec::new() };
-        let deployed = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/kubernetes/approval-controller");
-        site.kubectl(&["apply", "-k", deployed]).await;
-        site.kubectl(&["wait", "--for=condition=Established", "crd/certificatepolicies.csrd.dev"]).await;
-        site.namespace = site.cluster.namespace(&[]).await;
-        fs::write(site.folder.path().join("policy.yaml"), POLICY).expect("the policy");
-        let policy = site.folder.path().join("policy.yaml").display().to_string();
-        site.kubectl(&["apply", "-f", &policy]).await;
-        let token = site.cluster.unbound_token(SYSTEM, "csrd-controller", &[]).await;
-        site.run("controller", &token, "kubeconfig: KUBECONFIG", &[]);
-        site.kubectl(&["wait", "--for=condition=Accepted", "--timeout=60s", "certificatepolicy/bench"]).await;
-        let agent = site.cluster.pod(SYSTEM, "bench-agent", &site.node, "csrd-agent", &[]).await;
-        let token = site.cluster.token(&agent, &[]).await;
-        let socket = site.socket().display().to_string();
-        site.run("agent", &token, "kubernetes: {kubeconfig: KUBECONFIG}", &["--socket", &socket]);
-        eventually("the agent's socket", async || site.socket().exists().then_some(())).await;
-        Some(site)
+        let pod = cluster.pod(SYSTEM, "bench-agent", &node, "csrd-agent", &[]).await;
+        let kubeconfig = cluster.access.kubeconfig(&Identity::Token(cluster.token(&pod, &[]).await));
+        let config = format!("kubernetes: {{kubeconfig: {}}}\nlog: {{level: warn}}\n", kubeconfig.display());
+        fs::write(path("config.yaml"), config).expect("the configuration");
+        let mut agent = Command::new(env!("CARGO_BIN_EXE_csrd"));
+        agent.arg("agent").arg("--config").arg(path("config.yaml")).arg("--socket").arg(path("s"));
+        let agent = agent.env_remove("NODE_NAME").spawn().expect("the agent starts");
+        let namespace = cluster.namespace(&[]).await;
+        eventually("the agent's socket", async || path("s").exists().then_some(())).await;
+        Some(Self { cluster, folder, node, namespace, agent })
     }
 
     fn socket(&self) -> PathBuf {
         self.folder.path().join("s")
-    }
-
-    async fn kubectl(&self, arguments: &[&str]) {
-        let output = self.cluster.kubectl(arguments).await;
-        assert!(output.status.success(), "kubectl {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    }
-
-    /// Runs `csrd` as the holder of `token`.
-    fn run(&mut self, command: &str, token: &str, config: &str, flags: &[&str]) {
-        let kubeconfig = self.cluster.access.kubeconfig(&Identity::Token(token.to_owned()));
-        let file = self.folder.path().join(command).with_extension("yaml");
-        let config = config.replace("KUBECONFIG", &kubeconfig.display().to_string());
-        fs::write(&file, config + "\nlog: {level: warn}\n").expect("the configuration");
-        let mut csrd = Command::new(env!("CARGO_BIN_EXE_csrd"));
-        csrd.arg(command).arg("--config").arg(file).args(flags).env_remove("NODE_NAME").stdout(Stdio::null());
-        self.running.push(csrd.spawn().expect("csrd starts"));
     }
 
     /// So many pods that run.
@@ -130,26 +102,12 @@ impl Site {
         let median = said.split(' ').next().and_then(|micros| micros.parse::<f64>().ok());
         median.unwrap_or_else(|| panic!("the Go client: {}", String::from_utf8_lossy(&output.stderr))) / 1e3
     }
-
-    /// The process of the agent.
-    fn agent(&self) -> u32 {
-        self.running.last().expect("the agent is started last").id()
-    }
-
-    /// All that the API server has been asked, in order.
-    fn requests(&self) -> Vec<Value> {
-        let log = fs::read_to_string(self.folder.path().join("audit.log")).expect("the audit log");
-        // The last line may be half written.
-        log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
-    }
 }
 
 impl Drop for Site {
     fn drop(&mut self) {
-        for child in &mut self.running {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        let _ = self.agent.kill();
+        let _ = self.agent.wait();
     }
 }
 
@@ -166,7 +124,7 @@ async fn one_at_a_time(site: &Site, pod: &mut Process, table: &mut Table) {
     let mut writes = 0;
     for _ in 0..ROUNDS {
         floor += site.floor().await / ROUNDS as f64;
-        let before = site.requests().len();
+        let before = writes_so_far(site);
         let mut times = Vec::new();
         for _ in 0..ROUND {
             times.push(pod.does(ISSUE).await);
@@ -174,15 +132,15 @@ async fn one_at_a_time(site: &Site, pod: &mut Process, table: &mut Table) {
         }
         times.sort_by(f64::total_cmp);
         ours += percentile(&times, 50) / ROUNDS as f64;
-        writes += site.requests()[before..].iter().filter(|request| is_write(request)).count();
+        writes += writes_so_far(site) - before;
     }
     table.beside("certificate over the CSR API, one at a time: p50", "ms", floor, ours, "<= 1.15 x floor");
     table.alone("API writes a certificate", "", writes as f64 / (ROUNDS * ROUND) as f64, "<= 4");
 }
 
-fn is_write(request: &Value) -> bool {
-    let verbs = ["create", "update", "patch", "delete"];
-    request["objectRef"]["resource"] == "certificatesigningrequests" && verbs.iter().any(|it| request["verb"] == *it)
+fn writes_so_far(site: &Site) -> usize {
+    let about = site.cluster.audit_log(r#""resource":"certificatesigningrequests""#);
+    about.iter().filter(|event| ["create", "update", "patch", "delete"].iter().any(|it| event["verb"] == *it)).count()
 }
 
 /// Every pod asks once, so many a second, whether or not the one before has its answer.
@@ -222,12 +180,11 @@ async fn idle(site: &Site, pods: &mut [Process], table: &mut Table) {
     join_all(pods.iter_mut().map(|pod| pod.does(SUBSCRIBE))).await;
     sleep(Duration::from_secs(2)).await;
     let what = format!("agent's resident memory with {} pods that subscribe", pods.len());
-    table.alone(&what, "MiB", resident_kib(site.agent()) / 1024.0, "");
-    let before = site.requests().len();
+    table.alone(&what, "MiB", resident_kib(site.agent.id()) / 1024.0, "");
+    let before = site.cluster.audit_log(AGENT).len();
     sleep(IDLE).await;
-    let requests = site.requests().split_off(before);
-    let of_agent = requests.iter().filter(|it| it["user"]["username"] == AGENT);
-    let (watches, others): (Vec<_>, Vec<_>) = of_agent.partition(|it| it["verb"] == "watch");
+    let requests = site.cluster.audit_log(AGENT).split_off(before);
+    let (watches, others): (Vec<_>, Vec<_>) = requests.iter().partition(|it| it["verb"] == "watch");
     let an_hour = |count: usize| count as f64 * 3600.0 / IDLE.as_secs_f64();
     let what = format!("API requests an hour with {} idle pods", pods.len());
     table.alone(&format!("{what}: watches"), "", an_hour(watches.len()), "");

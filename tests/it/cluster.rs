@@ -26,7 +26,8 @@
 //!   kubelet projects. It is good as long as the pod is there.
 //! - [`FaultProxy`] stands before the API server and fails as it is told; [`ControlPlane::kill`] and
 //!   [`ControlPlane::restart`] are for the real thing. [`Options::slow_etcd`] puts a link before etcd that can be slow.
-//! - Tests that need a kubelet and containers use [`RealNode`]: see `cluster/node.rs`.
+//! - Tests that need a kubelet and containers use [`RealNode`]: see `cluster/node.rs`. Those of what is shipped, by RBAC and
+//!   admission as they are in `deploy/kubernetes`, use [`ControlPlane::shipped`].
 //! - Everything ends with the test binary, however that ends: see `cluster/processes.rs`. [`ControlPlane::log`] has what a
 //!   component wrote.
 
@@ -43,6 +44,7 @@ mod objects;
 mod pki;
 mod processes;
 mod server;
+mod shipped;
 mod slow_link;
 
 use std::{
@@ -64,6 +66,7 @@ pub(crate) use self::{
     access::{Access, Identity},
     fault_proxy::{Fault, FaultProxy},
     node::{CSRD_IMAGE, RealNode, SHELL_IMAGE},
+    shipped::{Overlay, SYSTEM},
 };
 use self::{
     pki::{Leaf, Pki},

@@ -19,17 +19,16 @@ use http::StatusCode;
 use k8s_openapi::api::{
     certificates::v1::{CertificateSigningRequest as Request, ClusterTrustBundle},
     core::v1::{ConfigMap, Namespace, Node, Secret},
-    events::v1::Event,
 };
 use kube::{
     Api, ResourceExt as _,
-    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
+    api::{DeleteParams, ListParams, Patch, PatchParams},
 };
 use opentelemetry_proto::tonic::trace::v1::Span;
 use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
 
-use self::deployment::{Answer, Deployment, NEVER, account, make, pkcs10, pkcs10_of};
+use self::deployment::{Answer, Deployment, NEVER, make, pkcs10_of};
 use crate::{
     cluster::{Identity, unique},
     telemetry::{Collector, Received},
@@ -78,8 +77,9 @@ async fn what_an_agent_asks_within_policy_is_approved_and_signed_by_the_publishe
     assert_eq!(bundle.spec.trust_bundle, roots);
 }
 
+/// The controller does not count on it; what gets past it, `stolen_token` shows.
 #[tokio::test]
-async fn every_forged_request_is_denied_with_its_reason_and_the_pod_is_told() {
+async fn what_admission_would_refuse_is_denied_where_there_is_none() {
     let Some(deployment) = Deployment::new().await else { return };
     let _controller = deployment.controller("").await;
     let (agent, own, others) = (deployment.agent(0).await, deployment.workload(0).await, deployment.workload(1).await);
@@ -88,75 +88,22 @@ async fn every_forged_request_is_denied_with_its_reason_and_the_pod_is_told() {
         change(&mut request);
         request
     };
-    let node = |request: &mut Value, node: &str| request["metadata"]["annotations"]["csrd.dev/node"] = node.into();
-
     let stolen = of(&others, |_| ());
     denied(deployment.ask(&agent, stolen).await, "OTHER_NODE_CLAIMED", "the requester's token is bound to node");
-    let mut stolen = of(&others, |_| ());
-    node(&mut stolen, &deployment.nodes[0]);
-    denied(deployment.ask(&agent, stolen).await, "POD_ON_OTHER_NODE", "an agent asks only for pods of its own node");
-    let unknown = of(&own, |it| it["metadata"]["annotations"]["csrd.dev/pod-uid"] = "a-uid-of-nobody".into());
-    denied(deployment.ask(&agent, unknown).await, "POD_GONE", "is gone");
-    let renamed = of(&own, |it| it["metadata"]["annotations"]["csrd.dev/service-account"] = "admin".into());
-    denied(deployment.ask(&agent, renamed).await, "POD_DIFFERS", "ServiceAccount");
-    let path = of(&own, |it| it["metadata"]["annotations"]["csrd.dev/pod-namespace"] = "a/secrets/csrd-ca?x=".into());
-    denied(deployment.ask(&agent, path).await, "ANNOTATION_MISSING", "csrd.dev/pod-namespace");
-    let waiting = json!({
-        "metadata": {"namespace": deployment.work, "name": "unscheduled"},
-        "spec": {"containers": [{"name": "main", "image": "test.invalid/app:1"}]},
-    });
-    let pods: Api<k8s_openapi::api::core::v1::Pod> = Api::namespaced(deployment.admin.clone(), &deployment.work);
-    let waiting = pods.create(&PostParams::default(), &serde_json::from_value(waiting).unwrap()).await.unwrap();
-    let mut early = deployment.request(&waiting);
-    node(&mut early, &deployment.nodes[0]);
-    denied(deployment.ask(&agent, early).await, "POD_ON_OTHER_NODE", "an agent asks only for pods of its own node");
     let silent = of(&own, |it| it["metadata"]["annotations"] = json!({}));
     denied(deployment.ask(&agent, silent).await, "ANNOTATION_MISSING", "csrd.dev/node");
     let forever = of(&own, |it| it["spec"]["expirationSeconds"] = Value::Null);
     denied(deployment.ask(&agent, forever).await, "EXPIRATION_MISSING", "spec.expirationSeconds");
     let signs = of(&own, |it| it["spec"]["usages"] = json!(["cert sign"]));
     denied(deployment.ask(&agent, signs).await, "USAGE_NOT_ALLOWED", "cert sign");
-    let mut another = of(&own, |_| ());
-    another["spec"]["request"] = json!(pkcs10("api.example.org"));
-    denied(deployment.ask(&agent, another).await, "NAME_NOT_ALLOWED", "api.example.org");
-
     let unbound = deployment.cluster.unbound_token(&deployment.home, "csrd-agent", &[]).await;
     let unbound = deployment.cluster.access.client(&Identity::Token(unbound)).await;
     denied(deployment.ask(&unbound, deployment.request(&own)).await, "TOKEN_NOT_BOUND", "node-name");
-    account(&deployment, "csrd-agent2").await;
-    let pod = deployment.cluster.pod(&deployment.home, "other", &deployment.nodes[0], "csrd-agent2", &[]).await;
-    let token = deployment.cluster.token(&pod, &[]).await;
-    let other = deployment.cluster.access.client(&Identity::Token(token)).await;
-    denied(deployment.ask(&other, deployment.request(&own)).await, "NOT_AN_AGENT", "/csrd-agent");
-    denied(deployment.ask(&deployment.admin, deployment.request(&own)).await, "NOT_AN_AGENT", "/csrd-agent");
-
-    deployment.cluster.delete_pod(&own).await;
-    denied(deployment.ask(&agent, deployment.request(&own)).await, "POD_GONE", "is gone");
     // The agent's token outlives its pod for some seconds.
     deployment.cluster.delete_pod(&deployment.agents[0]).await;
-    let mut late = deployment.request(&others);
-    node(&mut late, &deployment.nodes[0]);
-    if let Ok(made) = make(&agent, late).await {
+    if let Ok(made) = make(&agent, deployment.request(&own)).await {
         denied(deployment.answer(&made.name_any()).await, "AGENT_GONE", "is gone");
     }
-
-    let events: Api<Event> = Api::namespaced(deployment.admin.clone(), &deployment.work);
-    let told = async {
-        loop {
-            let all = events.list(&ListParams::default()).await.unwrap();
-            let of_pod =
-                |event: &&Event| event.regarding.as_ref().and_then(|it| it.uid.as_ref()) == others.uid().as_ref();
-            if let Some(event) = all.iter().find(of_pod) {
-                return event.clone();
-            }
-            sleep(Duration::from_millis(50)).await;
-        }
-    };
-    let event = timeout(NEVER, told).await.expect("an Event of the pod");
-    assert_eq!(
-        (event.reason.as_deref(), event.action.as_deref()),
-        (Some("CertificateDenied"), Some("POD_ON_OTHER_NODE"))
-    );
 }
 
 #[tokio::test]

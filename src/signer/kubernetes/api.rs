@@ -29,8 +29,8 @@ use crate::{kubernetes::ANSWER_WITHIN, metrics::Metrics};
 
 /// Bytes of an answer; etcd holds no larger object.
 pub(super) const MAX_ANSWER_BYTES: usize = 2 * 1024 * 1024;
-/// Requests of ours in one list.
-const PAGE: u32 = 500;
+/// Requests of ours in one list: a signed one has some 6 KB, and all must fit into [`MAX_ANSWER_BYTES`].
+pub(super) const PAGE: u32 = 100;
 /// How much longer than the API server asked for is waited at most, so that those it sent away do not come back together.
 const RETRY_SPREAD: f64 = 0.5;
 
@@ -87,13 +87,14 @@ impl CsrApi {
         }
     }
 
-    /// The first [`PAGE`] requests with these labels, as the server's cache has them.
+    /// The next [`PAGE`] requests with these labels, after those of the list that ended with this token.
     pub(super) async fn list(
         &self,
         labels: &str,
+        after: Option<String>,
         until: Instant,
     ) -> Result<ObjectList<CertificateSigningRequest>, ApiError> {
-        let params = ListParams::default().labels(labels).limit(PAGE);
+        let params = ListParams { continue_token: after, ..ListParams::default().labels(labels).limit(PAGE) };
         self.send("list", built(self.requests.list(&params)), until).await
     }
 

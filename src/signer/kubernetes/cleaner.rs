@@ -158,27 +158,34 @@ impl Work {
         .boxed()
     }
 
-    /// Deletes what no attempt can still wait for.
+    /// Deletes what no attempt can still wait for, page by page.
     async fn sweep(self: Arc<Self>) {
         let labels = format!("{}={},{}={}", label::MANAGED_BY, label::MANAGER, label::NODE, node_label(&self.node));
-        let found = match self.api.list(&labels, Instant::now() + ANSWER_WITHIN).await {
-            Ok(found) => found.items,
-            Err(error) => {
-                tracing::warn!(reason = error.reason(), %error, "cannot look for orphaned CertificateSigningRequests");
-                return;
+        let (mut deleted, mut after) = (0, None);
+        loop {
+            let page = match self.api.list(&labels, after, Instant::now() + ANSWER_WITHIN).await {
+                Ok(page) => page,
+                Err(error) => {
+                    tracing::warn!(reason = error.reason(), %error, "cannot look for orphaned CertificateSigningRequests");
+                    break;
+                }
+            };
+            for orphan in page.items.into_iter().filter(|csr| self.is_orphan(csr)) {
+                let (name, uid) = (orphan.metadata.name.unwrap_or_default(), orphan.metadata.uid);
+                self.delete(Doomed { name, uid }).await;
+                deleted += 1;
             }
-        };
-        let mut orphans = found.into_iter().filter(|csr| self.is_orphan(csr)).peekable();
-        if orphans.peek().is_none() {
-            return;
+            after = page.metadata.continue_.filter(|token| !token.is_empty());
+            if after.is_none() {
+                break;
+            }
         }
-        let mut deleted = 0;
-        for orphan in orphans {
-            let (name, uid) = (orphan.metadata.name.unwrap_or_default(), orphan.metadata.uid);
-            self.delete(Doomed { name, uid }).await;
-            deleted += 1;
+        if deleted > 0 {
+            tracing::info!(
+                deleted,
+                "deleted CertificateSigningRequests that an earlier agent of this node left behind"
+            );
         }
-        tracing::info!(deleted, "deleted CertificateSigningRequests that an earlier agent of this node left behind");
     }
 
     /// Whether this node's agent made it, so long ago that no attempt waits for it.

@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
 
 use crate::{
-    cluster::{ControlPlane, Identity, unique},
+    cluster::{ControlPlane, Identity, Overlay, SYSTEM, eventually, unique},
     policies,
 };
 
@@ -65,34 +65,45 @@ pub(crate) enum Answer {
 }
 
 impl Deployment<'static> {
-    /// On the shared control plane.
+    /// With roles of the test's own, on the control plane that all tests share.
     pub(crate) async fn new() -> Option<Self> {
         Some(Self::on(ControlPlane::shared().await?).await)
+    }
+
+    /// With roles and admission as they are shipped.
+    pub(crate) async fn shipped(overlay: Overlay) -> Option<Self> {
+        let cluster = ControlPlane::shipped(overlay).await?;
+        Some(Self::of(cluster, SYSTEM.to_owned(), csrd::kubernetes::SIGNER.to_owned()).await)
     }
 }
 
 impl<'a> Deployment<'a> {
+    /// With roles of the test's own.
     pub(crate) async fn on(cluster: &'a ControlPlane) -> Self {
-        let admin = cluster.admin().await;
-        let (home, work) = (cluster.namespace(&[]).await, cluster.namespace(&[]).await);
+        let home = cluster.namespace(&[]).await;
         for name in ["csrd-agent", "csrd-controller"] {
             cluster.service_account(&home, name).await;
         }
+        policies::define(cluster).await;
+        let deployment = Self::of(cluster, home, format!("{}.example.org/workload", unique("signer"))).await;
+        deployment.allow("csrd-agent", agent_rules()).await;
+        deployment.allow("csrd-controller", controller_rules(&deployment.signer)).await;
+        deployment
+    }
+
+    async fn of(cluster: &'a ControlPlane, home: String, signer: String) -> Self {
+        let (admin, work) = (cluster.admin().await, cluster.namespace(&[]).await);
         cluster.service_account(&work, "web").await;
-        let signer = format!("{}.example.org/workload", unique("signer"));
         let mut nodes = Vec::new();
         let mut agents = Vec::new();
         for number in ["n1", "n2"] {
             let node = cluster.node(number).await.name_any();
-            agents.push(cluster.pod(&home, &format!("agent-{number}"), &node, "csrd-agent", &[]).await);
+            agents.push(cluster.pod(&home, &format!("agent-{node}"), &node, "csrd-agent", &[]).await);
             nodes.push(node);
         }
         let folder = tempfile::tempdir().unwrap();
         let (nodes, agents) = (nodes.try_into().unwrap(), agents.try_into().unwrap());
         let deployment = Self { cluster, admin, home, work, signer, ca: json!({}), nodes, agents, folder };
-        deployment.allow("csrd-agent", agent_rules()).await;
-        deployment.allow("csrd-controller", controller_rules(&deployment.signer)).await;
-        policies::define(cluster).await;
         deployment
             .policy(json!({
                 "uris": ["spiffe://example.org/ns/{kubernetes.namespace}/sa/{kubernetes.serviceAccount}"],
@@ -105,10 +116,23 @@ impl<'a> Deployment<'a> {
 
     /// Lets a ServiceAccount of the deployment's own do more.
     pub(crate) async fn allow(&self, account: &str, rules: Value) {
-        let name = unique(account);
+        self.bind(json!({"kind": "ServiceAccount", "name": account, "namespace": self.home}), rules).await;
+    }
+
+    /// Lets somebody else do to requests what agents may.
+    pub(crate) async fn allow_requests(&self, user: &str) {
+        self.bind(json!({"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": user}), agent_rules()).await;
+        eventually("its rights", async || {
+            let asked = self.cluster.kubectl(&["auth", "can-i", "create", "csr", "--as", user]).await;
+            asked.status.success().then_some(())
+        })
+        .await;
+    }
+
+    async fn bind(&self, subject: Value, rules: Value) {
+        let name = unique("role");
         let _: ClusterRole = self.cluster.create(json!({"metadata": {"name": name}, "rules": rules})).await;
         let role = json!({"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": name});
-        let subject = json!({"kind": "ServiceAccount", "name": account, "namespace": self.home});
         let _: ClusterRoleBinding =
             self.cluster.create(json!({"metadata": {"name": name}, "roleRef": role, "subjects": [subject]})).await;
     }
@@ -357,10 +381,4 @@ fn controller_rules(signer: &str) -> Value {
         {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "resourceNames": ["csrd-controller"], "verbs": ["get", "update"]},
         {"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create", "patch"]},
     ])
-}
-
-/// Another ServiceAccount that may do what agents may.
-pub(crate) async fn account(deployment: &Deployment<'_>, name: &str) {
-    deployment.cluster.service_account(&deployment.home, name).await;
-    deployment.allow(name, agent_rules()).await;
 }

@@ -9,6 +9,7 @@ use csrd::{
         kubernetes::{Cleaner, ORPHAN_AGE},
     },
 };
+use k8s_openapi::api::certificates::v1::CertificateSigningRequest;
 use kube::ResourceExt as _;
 use tokio::sync::mpsc;
 
@@ -71,8 +72,7 @@ async fn orphans_of_this_nodes_agent_are_deleted_and_nobody_elses() {
     for (name, identity) in [("by-another-node", other), ("by-the-admin", cluster.admin_identity())] {
         forged.metadata.name = Some(crate::cluster::unique(name));
         let requests = kube::Api::all(cluster.access.client(&identity).await);
-        let made: k8s_openapi::api::certificates::v1::CertificateSigningRequest =
-            requests.create(&Default::default(), &forged).await.unwrap();
+        let made: CertificateSigningRequest = requests.create(&Default::default(), &forged).await.unwrap();
         kept.push(made.name_any());
     }
 
@@ -100,9 +100,19 @@ async fn orphans_of_this_nodes_agent_are_deleted_and_nobody_elses() {
     running.await.unwrap();
     assert!(rig.admin.get_opt(&orphan).await.unwrap().is_some());
 
+    // More than one list holds.
+    let own = kube::Api::<CertificateSigningRequest>::all(rig.client.clone());
+    for _ in 0..100 {
+        forged.metadata.name = Some(crate::cluster::unique("orphan"));
+        own.create(&Default::default(), &forged).await.unwrap();
+    }
     let later = SystemTime::now() + ORPHAN_AGE;
     let (_cleaner, stop, running) = successor(Clock::paused(later)).await;
     rig.gone(&orphan).await;
+    crate::cluster::eventually("what others made is left, and no more", async || {
+        (rig.mine().await.len() == kept.len()).then_some(())
+    })
+    .await;
     stop.cancel();
     drop(_cleaner);
     running.await.unwrap();

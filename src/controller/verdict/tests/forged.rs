@@ -51,10 +51,20 @@ fn the_agents_pod_is_the_one_its_token_names_on_that_node() {
 }
 
 #[test]
+fn a_pod_without_a_service_account_is_refused_even_if_it_is_there() {
+    let said = refused("NO_SERVICE_ACCOUNT", |case| {
+        case.pod.service_account.clear();
+        case.annotate(annotation::SERVICE_ACCOUNT, "");
+    });
+    assert!(said.starts_with("a pod without a ServiceAccount, as static pods are"), "{said}");
+}
+
+#[test]
 fn annotations_are_a_claim_that_must_be_whole_and_true() {
     use annotation::*;
     for key in [POD_NAMESPACE, POD_NAME, POD_UID, SERVICE_ACCOUNT, NODE] {
-        let said = refused("ANNOTATION_MISSING", |case| case.annotate(key, ""));
+        let said =
+            refused("ANNOTATION_MISSING", |case| drop(case.object.metadata.annotations.as_mut().unwrap().remove(key)));
         assert!(said.contains(key), "{said}");
         refused("ANNOTATION_MISSING", |case| case.annotate(key, &"x".repeat(MAX_ANNOTATION_BYTES + 1)));
         // They become parts of a path to the API server.

@@ -19,7 +19,7 @@ mod subscription;
 mod tests;
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     fmt,
     hash::{Hash, Hasher},
     sync::{Arc, Mutex, MutexGuard},
@@ -102,7 +102,7 @@ struct Shared {
     clock: Clock,
     policies: watch::Receiver<Arc<PolicySet>>,
     pods: Option<Pods>,
-    signers: HashMap<String, Signer>,
+    signers: BTreeMap<String, Signer>,
     metrics: Metrics,
     principals: Buckets<u64>,
     /// Tells `run` that there is something to start or an earlier moment to wake at.
@@ -407,7 +407,9 @@ pub enum HubError {
     #[error("{0} is gone: it has ended, or was deleted or replaced")]
     PodGone(String),
     /// A policy names a signer that this agent does not have.
-    #[error("policy {policy} names signer {signer:?}; this agent has: {known}")]
+    #[error(
+        "policy {policy} names signer {signer:?}, and this agent has {known}: correct the policy, or give the agent that signer"
+    )]
     UnknownSigner {
         /// The policy.
         policy: String,

@@ -396,5 +396,8 @@ async fn a_policy_that_names_an_unknown_signer_is_said_to() {
     let set = PolicySet::parse(&[Source { origin: "test".into(), text }], EMBEDDED).unwrap();
     bench.policies.send_replace(Arc::new(set));
     let error = bench.subscribe(1, "a.example.org").await.expect_err("no such signer");
-    assert_eq!(error.to_string(), "policy far names signer \"example.com/far\"; this agent has: embedded");
+    assert_eq!(
+        error.to_string(),
+        "policy far names signer \"example.com/far\", and this agent has embedded: correct the policy, or give the agent that signer"
+    );
 }

@@ -130,7 +130,7 @@ impl Part {
 
 /// A running control plane, stopped when dropped.
 pub(crate) struct ControlPlane {
-    binary: PathBuf,
+    pub(crate) binary: PathBuf,
     options: Options,
     /// On the loopback interface, of this control plane alone.
     address: Ipv4Addr,

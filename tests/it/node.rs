@@ -1,6 +1,7 @@
 //! Pods on a real node. Run by `tests/cluster/run`, as root.
 
 mod deployed;
+mod recipe;
 
 use std::fs;
 

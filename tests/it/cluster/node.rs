@@ -23,7 +23,7 @@ use kube::{
 use serde_json::{Value, json};
 use tokio::{sync::OnceCell, time::timeout};
 
-use super::{ControlPlane, Options, PATIENCE, eventually};
+use super::{ControlPlane, Options, PATIENCE, Part, eventually};
 
 pub(crate) const CSRD_IMAGE: &str = "csrd.test/csrd:test";
 pub(crate) const SHELL_IMAGE: &str = "csrd.test/shell:test";
@@ -40,6 +40,7 @@ struct Given {
     service_address: String,
     containerd: PathBuf,
     images: PathBuf,
+    overlay: String,
 }
 
 impl Given {
@@ -50,12 +51,15 @@ impl Given {
             service_address: read("CSRD_TEST_SERVICE"),
             containerd: read("CSRD_TEST_CONTAINERD").into(),
             images: read("CSRD_TEST_IMAGES").into(),
+            overlay: read("CSRD_TEST_OVERLAY"),
         }
     }
 }
 
 pub(crate) struct RealNode {
     pub(crate) cluster: ControlPlane,
+    /// The folder of `deploy/kubernetes` to deploy.
+    pub(crate) overlay: String,
 }
 
 impl RealNode {
@@ -74,11 +78,12 @@ impl RealNode {
             ..Options::default()
         };
         let cluster = ControlPlane::start(options).await.expect("the switch is for those without a node");
-        let node = Self { cluster };
+        let mut node = Self { cluster, overlay: given.overlay.clone() };
         node.start_containerd(&given).await;
         node.start_kubelet(&given);
         node.approve_serving_certificate().await;
         node.ready().await;
+        node.sign_for_minutes().await;
         node
     }
 
@@ -177,6 +182,15 @@ state = "{folder}/containerd/state"
             .patch_subresource("approval", &name, &PatchParams::default(), &Patch::Strategic(approved))
             .await
             .unwrap();
+        let signed = async || requests.get(&name).await.unwrap().status?.certificate.map(drop);
+        eventually("the kubelet's serving certificate", signed).await;
+    }
+
+    /// From now on Kubernetes' own signers sign for two minutes at most, so that a test sees such a certificate end.
+    async fn sign_for_minutes(&mut self) {
+        self.cluster.options.controllers = vec!["--cluster-signing-duration=2m".to_owned()];
+        self.cluster.kill(Part::Controllers);
+        self.cluster.restart(Part::Controllers).await;
     }
 
     async fn ready(&self) {

@@ -1,4 +1,6 @@
-//! `deploy/kubernetes` on a real node, as an operator applies it: nothing is changed but the image.
+//! `deploy/kubernetes` on a real node, as an operator applies it: nothing is changed but the image. `tests/cluster/run` says
+//! which overlay: one where the controller approves, for our signer and for `kubernetes.io/kube-apiserver-client`, or the
+//! one where agents approve.
 
 use std::{fs, path::Path, process::Output, time::Duration};
 
@@ -13,25 +15,49 @@ use tokio::sync::OnceCell;
 use crate::cluster::{RealNode, SHELL_IMAGE, eventually};
 
 const SYSTEM: &str = "csrd-system";
+/// Exit code of `csrd issue` when it may be asked again.
+const UNAVAILABLE: i32 = 69;
+/// More than the renewal of a certificate of ten minutes takes.
+const NEVER: Duration = Duration::from_secs(600);
+/// The overlay where agents approve, which the API server's own signer is not for.
+const BY_AGENTS: &str = "approval-agent";
 
-/// The node with agent and controller, approved by the controller.
-async fn deployed() -> &'static RealNode {
+/// Who signs, and where its roots are: namespace, name and key of a ConfigMap.
+type Signer = (&'static str, [&'static str; 3]);
+
+const SIGNERS: [Signer; 2] = [
+    ("csrd.dev/workload", [SYSTEM, "csrd-trust-bundle", "ca\\.crt"]),
+    ("kubernetes.io/kube-apiserver-client", ["kube-system", "extension-apiserver-authentication", "client-ca-file"]),
+];
+
+fn signers(node: &RealNode) -> &'static [Signer] {
+    if node.overlay == BY_AGENTS { &SIGNERS[..1] } else { &SIGNERS }
+}
+
+/// The node with agent and controller.
+pub(super) async fn deployed() -> &'static RealNode {
     static DEPLOYED: OnceCell<()> = OnceCell::const_new();
     let node = RealNode::shared().await;
-    DEPLOYED.get_or_init(|| apply(node, "approval-controller")).await;
+    DEPLOYED.get_or_init(|| apply(node)).await;
     node
 }
 
-/// `kubectl apply -k` of that folder of `deploy/kubernetes`, with the image of this build, until it runs.
-async fn apply(node: &RealNode, overlay: &str) {
+/// `kubectl apply -k` of the overlay, with the image of this build, until it runs.
+async fn apply(node: &RealNode) {
     let folder = tempfile::tempdir().unwrap();
     // kustomize takes paths from the folder that it is in, and none that are absolute.
-    let there = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/kubernetes").join(overlay);
+    let there = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/kubernetes").join(&node.overlay);
     let up = "../".repeat(folder.path().components().count() - 1);
-    let kustomization = json!({
+    let mut kustomization = json!({
         "resources": [format!("{up}{}", there.strip_prefix("/").unwrap().display())],
         "images": [{"name": "ghcr.io/csrd/csrd", "newName": "csrd.test/csrd", "newTag": "test"}],
     });
+    if node.overlay == BY_AGENTS {
+        // Certificates end with their CA at the latest, so that ten minutes need not be waited for once more.
+        let config = "controller.yaml={admin: '0.0.0.0:9402', signer: {caLifetime: 2m}}";
+        kustomization["configMapGenerator"] = json!([{"name": "csrd-controller-config", "namespace": SYSTEM,
+            "behavior": "replace", "literals": [config]}]);
+    }
     fs::write(folder.path().join("kustomization.yaml"), kustomization.to_string()).unwrap();
     kubectl(node, &["apply", "-k", folder.path().to_str().unwrap()]).await;
     for part in ["deployment/csrd-controller", "daemonset/csrd-agent"] {
@@ -45,7 +71,7 @@ async fn apply(node: &RealNode, overlay: &str) {
     }
 }
 
-fn text(output: &Output) -> String {
+pub(super) fn text(output: &Output) -> String {
     [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned()).concat()
 }
 
@@ -64,12 +90,13 @@ async fn create(node: &RealNode, object: Value) {
 }
 
 /// A policy for the pods of `namespace` that are labelled `app: web`.
-fn policy(namespace: &str) -> Value {
+fn policy(namespace: &str, signer: &str) -> Value {
     json!({
         "apiVersion": "csrd.dev/v1alpha1",
         "kind": "CertificatePolicy",
         "metadata": {"name": namespace},
         "spec": {
+            "signer": signer,
             "match": {"kubernetes": {"namespaces": [namespace], "podSelector": {"matchLabels": {"app": "web"}}}},
             "allow": {
                 "dnsNames": [
@@ -103,16 +130,20 @@ fn workload(namespace: &str, name: &str, command: &[&str]) -> Value {
 }
 
 /// A namespace with a policy that is in force, and a Service `web-api` for its pods.
-async fn served(node: &RealNode) -> String {
+async fn served(node: &RealNode, signer: &str) -> String {
     let namespace = node.cluster.namespace(&[]).await;
     node.cluster.service(&namespace, "web-api", &[("app", "web")]).await;
-    create(node, policy(&namespace)).await;
+    create(node, policy(&namespace, signer)).await;
     kubectl(node, &["wait", "--for=condition=Accepted", "--timeout=60s", "certificatepolicy", &namespace]).await;
     namespace
 }
 
+/// Runs this in a pod; again, while another test has sent the agent or the controller away.
 async fn exec(node: &RealNode, namespace: &str, pod: &str, command: &[&str]) -> Output {
-    node.cluster.kubectl(&[&["-n", namespace, "exec", pod, "--"], command].concat()).await
+    let command = [&["-n", namespace, "exec", pod, "--"], command].concat();
+    let answered =
+        async || Some(node.cluster.kubectl(&command).await).filter(|it| it.status.code() != Some(UNAVAILABLE));
+    eventually("an answer", answered).await
 }
 
 /// What a pod has said, once it contains `wanted`, at least `times`.
@@ -124,10 +155,10 @@ async fn says(node: &RealNode, namespace: &str, pod: &str, wanted: &str, times: 
             if log.matches(wanted).count() >= times {
                 return;
             }
-            tokio::time::sleep(Duration::from_millis(250)).await;
+            tokio::time::sleep(Duration::from_secs(1)).await;
         }
     };
-    if tokio::time::timeout(Duration::from_secs(60), look).await.is_err() {
+    if tokio::time::timeout(NEVER, look).await.is_err() {
         let agents =
             text(&node.cluster.kubectl(&["-n", SYSTEM, "logs", "-l", "app.kubernetes.io/component=agent"]).await);
         panic!("{pod} never says {wanted:?} {times} times, but: {log}\nthe agent says: {agents}");
@@ -150,78 +181,97 @@ async fn issue(node: &RealNode, namespace: &str, pod: &str, command: &[&str]) ->
 }
 
 const NAME: &str = "web-api.TEST.svc";
+/// Those that every signer signs.
+const USAGES: [&str; 4] = ["--usage", "client-auth", "--usage", "digital-signature"];
 /// The agent may hear of a policy later than the test, and whoever watches too early is refused and ends. After this a watch is
 /// one process, whose end is the pod's.
-const ONCE_SERVED: &str = "until csrd issue -o json >/dev/null; do sleep 1; done";
+fn watch(more: &str) -> String {
+    let usages = USAGES.join(" ");
+    format!(
+        "until csrd issue {usages} -o json >/dev/null; do sleep 1; done; exec csrd watch {usages} --dir /tmp/certs -o json {more}"
+    )
+}
 
 #[tokio::test]
 #[ignore = "needs root and a node: tests/cluster/run"]
 async fn a_pod_gets_its_services_certificate_through_a_request_that_is_gone_afterwards() {
     let node = deployed().await;
-    let namespace = served(node).await;
-    node.run(workload(&namespace, "web", &["sleep", "infinity"])).await;
-    let name = NAME.replace("TEST", &namespace);
-    let long = format!("{name}.cluster.local");
-    let asked = ["csrd", "issue", "-o", "json", "--dns", &name, "--dns", &long];
-    let issued = issue(node, &namespace, "web", &asked).await;
-    assert_eq!((&issued["policy"], &issued["signer_name"]), (&namespace.clone().into(), &"csrd.dev/workload".into()));
-    let roots =
-        kubectl(node, &["-n", SYSTEM, "get", "configmap", "csrd-trust-bundle", "-o", "jsonpath={.data.ca\\.crt}"])
-            .await;
-    assert_eq!(issued["trust_bundle"].as_str().unwrap().trim(), roots.trim(), "what the controller publishes");
-    let left = eventually("no request is left", async || {
-        let left = kubectl(node, &["get", "csr", "-l", "app.kubernetes.io/managed-by=csrd", "-o", "name"]).await;
-        left.is_empty().then_some(())
-    });
-    left.await;
-    let refused = exec(node, &namespace, "web", &["csrd", "issue", "--dns", "db.production.svc"]).await;
-    assert_eq!(refused.status.code(), Some(77), "{}", text(&refused));
-    assert!(text(&refused).contains("NAME_NOT_ALLOWED"), "{}", text(&refused));
+    for (signer, [home, map, key]) in signers(node) {
+        let namespace = served(node, signer).await;
+        node.run(workload(&namespace, "web", &["sleep", "infinity"])).await;
+        let name = NAME.replace("TEST", &namespace);
+        let long = format!("{name}.cluster.local");
+        let asked = [&["csrd", "issue", "-o", "json", "--dns", &name, "--dns", &long], &USAGES[..]].concat();
+        let path = format!("jsonpath={{.data.{key}}}");
+        // Roots may be replaced just now.
+        let trusted = eventually("a certificate with the roots that are published", async || {
+            let issued = issue(node, &namespace, "web", &asked).await;
+            let roots = kubectl(node, &["-n", home, "get", "configmap", map, "-o", &path]).await;
+            (issued["trust_bundle"].as_str().unwrap().trim() == roots.trim()).then_some(issued)
+        });
+        let issued = trusted.await;
+        assert_eq!((&issued["policy"], &issued["signer_name"]), (&namespace.clone().into(), &(*signer).into()));
+        let left = eventually("no request is left", async || {
+            let left = kubectl(node, &["get", "csr", "-l", "app.kubernetes.io/managed-by=csrd", "-o", "name"]).await;
+            left.is_empty().then_some(())
+        });
+        left.await;
+        let asked = [&["csrd", "issue", "--dns", "db.production.svc"], &USAGES[..]].concat();
+        let refused = exec(node, &namespace, "web", &asked).await;
+        assert_eq!(refused.status.code(), Some(77), "{}", text(&refused));
+        assert!(text(&refused).contains("NAME_NOT_ALLOWED"), "{}", text(&refused));
+    }
 }
 
 #[tokio::test]
 #[ignore = "needs root and a node: tests/cluster/run"]
 async fn a_subscriber_outlives_its_agent_and_ends_with_its_right() {
     let node = deployed().await;
-    let namespace = served(node).await;
-    let watch = format!("{ONCE_SERVED}; exec csrd watch --dir /tmp/certs -o json");
-    node.run(workload(&namespace, "label", &["sh", "-c", &watch])).await;
-    node.run(workload(&namespace, "policy", &["sh", "-c", &watch])).await;
-    for pod in ["label", "policy"] {
-        says(node, &namespace, pod, "\"event\":\"written\"", 1).await;
+    let mut namespaces = Vec::new();
+    let watch = watch("");
+    for (signer, _) in signers(node) {
+        let namespace = served(node, signer).await;
+        node.run(workload(&namespace, "label", &["sh", "-c", &watch])).await;
+        node.run(workload(&namespace, "policy", &["sh", "-c", &watch])).await;
+        namespaces.push(namespace);
+    }
+    let pods = || namespaces.iter().flat_map(|namespace| [(namespace, "label"), (namespace, "policy")]);
+    for (namespace, pod) in pods() {
+        says(node, namespace, pod, "\"event\":\"written\"", 1).await;
     }
     let agents: Api<Pod> = Api::namespaced(node.cluster.admin().await, SYSTEM);
     let of_agents = ListParams::default().labels("app.kubernetes.io/component=agent");
     for agent in agents.list(&of_agents).await.unwrap() {
         agents.delete(&agent.name_any(), &DeleteParams::default()).await.unwrap();
     }
-    for pod in ["label", "policy"] {
-        says(node, &namespace, pod, "\"event\":\"disconnected\"", 1).await;
-        says(node, &namespace, pod, "\"event\":\"written\"", 2).await;
+    for (namespace, pod) in pods() {
+        says(node, namespace, pod, "\"event\":\"disconnected\"", 1).await;
+        says(node, namespace, pod, "\"event\":\"written\"", 2).await;
     }
-    kubectl(node, &["-n", &namespace, "label", "pod", "label", "app-"]).await;
-    says(node, &namespace, "label", "NO_POLICY_MATCHES", 1).await;
-    let other = text(&node.cluster.kubectl(&["-n", &namespace, "logs", "policy"]).await);
-    assert!(!other.contains("refused"), "the other pod's label is as it was: {other}");
-    kubectl(node, &["delete", "certificatepolicy", &namespace]).await;
-    says(node, &namespace, "policy", "NO_POLICY_MATCHES", 1).await;
+    for namespace in &namespaces {
+        kubectl(node, &["-n", namespace, "label", "pod", "label", "app-"]).await;
+        says(node, namespace, "label", "NO_POLICY_MATCHES", 1).await;
+        let other = text(&node.cluster.kubectl(&["-n", namespace, "logs", "policy"]).await);
+        assert!(!other.contains("refused"), "the other pod's label is as it was: {other}");
+        kubectl(node, &["delete", "certificatepolicy", namespace]).await;
+        says(node, namespace, "policy", "NO_POLICY_MATCHES", 1).await;
+    }
 }
 
-/// The API server takes no shorter lifetime than ten minutes, so this waits for the better part of them.
+/// The API server takes no shorter lifetime than ten minutes, so with our own CA this waits for the better part of them.
 #[tokio::test]
 #[ignore = "needs root and a node: tests/cluster/run"]
 async fn a_subscriber_sees_its_renewal() {
     let node = deployed().await;
-    let namespace = served(node).await;
-    let watch = format!("{ONCE_SERVED}; exec csrd watch --dir /tmp/certs -o json --lifetime 10m");
-    node.run(workload(&namespace, "web", &["sh", "-c", &watch])).await;
-    says(node, &namespace, "web", "\"event\":\"written\"", 1).await;
-    for _ in 0..4 {
-        let log = text(&node.cluster.kubectl(&["-n", &namespace, "logs", "web"]).await);
-        if log.contains("\"event\":\"renewed\"") {
-            return;
-        }
-        tokio::time::sleep(Duration::from_secs(120)).await;
+    let watch = watch("--lifetime 10m");
+    let mut namespaces = Vec::new();
+    for (signer, _) in signers(node) {
+        let namespace = served(node, signer).await;
+        node.run(workload(&namespace, "web", &["sh", "-c", &watch])).await;
+        says(node, &namespace, "web", "\"event\":\"written\"", 1).await;
+        namespaces.push(namespace);
     }
-    says(node, &namespace, "web", "\"event\":\"renewed\"", 1).await;
+    for namespace in &namespaces {
+        says(node, namespace, "web", "\"event\":\"renewed\"", 1).await;
+    }
 }

@@ -1,5 +1,5 @@
 //! README's section on the recipe, run as it is written: a shell gets each command, and what it prints must be what README
-//! says, numbers and identifiers aside. A command may take a moment to come true, as it may for whoever types it.
+//! says, times and identifiers aside. A command may take a moment to come true, as it may for whoever types it.
 //!
 //! Only the images are others: `kubectl apply` replaces those that README and `deploy` name by those of this build. The
 //! node's controller manager signs for two minutes at most, so the day that a kubeconfig lasts is over by then.
@@ -72,10 +72,8 @@ fn steps() -> Vec<Step> {
         };
         let is_open = step.command.ends_with(['\\', '|'])
             || step.command.contains("<<'YAML'") && !step.command.ends_with("\nYAML");
-        let part = if is_open { &mut step.command } else { &mut step.output };
-        *part += if is_open { "\n" } else { "" };
-        *part += line;
-        *part += if is_open { "" } else { "\n" };
+        let (part, before, after) = if is_open { (&mut step.command, "\n", "") } else { (&mut step.output, "", "\n") };
+        *part += &[before, line, after].concat();
     }
     steps
 }
@@ -100,7 +98,8 @@ async fn run(node: &RealNode, folder: &Path, command: &str) -> String {
     text(&shell.output().await.unwrap())
 }
 
-/// The words, but for those with a digit, which differ from run to run.
+/// The words, but for those that differ from run to run: whatever has a digit and is no plain number.
 fn same(text: &str) -> Vec<&str> {
-    text.split_whitespace().map(|word| if word.contains(|c: char| c.is_ascii_digit()) { "#" } else { word }).collect()
+    let differs = |word: &str| word.contains(|c: char| c.is_ascii_digit()) && word.parse::<u32>().is_err();
+    text.split_whitespace().map(|word| if differs(word) { "#" } else { word }).collect()
 }

@@ -19,8 +19,10 @@ const SYSTEM: &str = "csrd-system";
 const UNAVAILABLE: i32 = 69;
 /// More than the renewal of a certificate of ten minutes takes.
 const NEVER: Duration = Duration::from_secs(600);
-/// The overlay where agents approve, which the API server's own signer is not for.
+/// The overlay where agents approve.
 const BY_AGENTS: &str = "approval-agent";
+/// The overlay whose agents have the API server's own signer too.
+const FOR_KUBECTL: &str = "kubectl-access";
 
 /// Who signs, and where its roots are: namespace, name and key of a ConfigMap.
 type Signer = (&'static str, [&'static str; 3]);
@@ -31,7 +33,7 @@ const SIGNERS: [Signer; 2] = [
 ];
 
 fn signers(node: &RealNode) -> &'static [Signer] {
-    if node.overlay == BY_AGENTS { &SIGNERS[..1] } else { &SIGNERS }
+    if node.overlay == FOR_KUBECTL { &SIGNERS } else { &SIGNERS[..1] }
 }
 
 /// The node with agent and controller.

@@ -35,7 +35,7 @@ const EXIT_CODES: &str = "Exit codes:
    0  done
    1  failed; the error on stderr says what and why
   64  the command line, a file it names, or the request is not valid
-  69  no agent answers on the socket
+  69  no agent answers on the socket, or it cannot serve this now: try again
   70  a task of the agent was lost
   77  denied by policy";
 

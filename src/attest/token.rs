@@ -28,7 +28,7 @@ pub const VERDICT_HOLDS_FOR: Duration = Duration::from_secs(10);
 pub const MAX_VERDICTS: usize = 1024;
 /// Reviews under way at once; more wait.
 pub const MAX_REVIEWS: usize = 8;
-/// Of these, reviews of tokens that one pod sent; more wait, and delay nobody else's.
+/// Of these, reviews of tokens that one pod sent; more wait.
 pub const MAX_REVIEWS_PER_POD: usize = 2;
 /// How long a review may take, waiting for its turn included.
 pub const REVIEW_TIMEOUT: Duration = Duration::from_secs(5);

@@ -36,13 +36,13 @@ use crate::{
 };
 
 /// Certificates of the first CA live so long: their renewals, at 55 to 75 %, fall into the outage.
-const FIRST_LIFE: Duration = Duration::from_secs(200);
+const FIRST_LIFE: Duration = Duration::from_secs(300);
 /// After the streams have begun.
-const OUTAGE_BEGINS: Duration = Duration::from_secs(85);
+const OUTAGE_BEGINS: Duration = Duration::from_secs(150);
 const OUTAGE: Duration = Duration::from_secs(60);
 /// On every piece, in each direction: some requests take a second or more.
 const SLOW: Duration = Duration::from_millis(400);
-const PODS: usize = 5;
+const PODS: usize = 8;
 
 /// A root, and the files of an intermediate below it, whose ends can be chosen.
 struct Ca {
@@ -159,7 +159,8 @@ impl Stream {
             let reason = event["reason"].as_str().unwrap_or_default();
             match event["event"].as_str().unwrap() {
                 "current" | "renewed" => {}
-                "renewal_delayed" if reason.starts_with("API_") => {}
+                // Controllers come back some time after the API server.
+                "renewal_delayed" if reason.starts_with("API_") || reason == "APPROVAL_PENDING" => {}
                 _ => panic!("{event}"),
             }
         }
@@ -273,7 +274,7 @@ async fn valid_certificates_stay_served_and_are_renewed_after_each_outage() {
     etcd_is_slow(&scene, &cluster).await;
 
     scene.streams.iter_mut().for_each(Stream::check);
-    assert!(heir.leads());
+    eventually("the heir still leads", async || heir.leads().then_some(())).await;
 }
 
 async fn api_server_is_away(scene: &Scene<'_>, cluster: &ControlPlane, ca: &Ca) {
@@ -301,8 +302,8 @@ async fn api_server_is_away(scene: &Scene<'_>, cluster: &ControlPlane, ca: &Ca) 
 /// Returns who leads afterwards.
 async fn leader_is_killed(scene: &Scene<'_>, [first, second]: [Controller; 2]) -> Controller {
     let before = scene.counts();
+    eventually("one of the controllers leads", async || (first.leads() != second.leads()).then_some(())).await;
     let (leader, heir) = if first.leads() { (first, second) } else { (second, first) };
-    assert!(leader.leads() && !heir.leads());
     leader.kill();
     scene.timeline.say("the leading controller is killed");
     scene.offer("two.example.org").await;

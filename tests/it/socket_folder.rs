@@ -39,7 +39,9 @@ async fn a_pod_mounts_it_read_only_or_not_at_all() {
     };
     let tried = |path: &str, mount: Value| create(&namespace, true, pod(path, "containers", mount));
     eventually("the policy is in force", async || tried("/run/csrd", false.into()).await.err()).await;
-    for path in ["/run/csrd", "/run/csrd/", "/run//./csrd", "/run/csrd/csrd.sock", "/var/run/csrd"] {
+    for path in
+        ["/run/csrd", "/run/csrd/", "/run//./csrd", "/run/csrd/csrd.sock", "/var/run/csrd", "/proc/1/root/run/csrd"]
+    {
         for mount in [false.into(), Value::Null] {
             let said = tried(path, mount).await.expect_err(path);
             assert!(said.contains(REFUSED), "{path}: {said}");
@@ -49,6 +51,21 @@ async fn a_pod_mounts_it_read_only_or_not_at_all() {
     for path in ["/run/csrd-other", "/run/other/csrd", "/var/lib/csrd", "/run", "/"] {
         tried(path, false.into()).await.expect(path);
     }
+    let below = |path: &str, key: &str, sub_path: &str| {
+        let mut pod = pod(path, "containers", false.into());
+        pod["spec"]["containers"][1]["volumeMounts"][0][key] = sub_path.into();
+        create(&namespace, true, pod)
+    };
+    for (path, sub_path) in
+        [("/run", "csrd"), ("/", "run/./csrd"), ("/proc/1/root/run", "csrd/x"), ("/var", "run/csrd")]
+    {
+        let said = below(path, "subPath", sub_path).await.expect_err(path);
+        assert!(said.contains(REFUSED), "{path}: {said}");
+        below(path, "subPath", "other").await.expect(path);
+        let said = below(path, "subPathExpr", "$(NAME)").await.expect_err(path);
+        assert!(said.contains("a subPathExpr that may become /run/csrd"), "{path}: {said}");
+    }
+    below("/srv", "subPathExpr", "$(NAME)").await.unwrap();
     let said = create(&namespace, true, pod("/run/csrd", "initContainers", Value::Null)).await.unwrap_err();
     assert!(said.contains(REFUSED), "{said}");
     create(SYSTEM, true, pod("/run/csrd", "containers", false.into())).await.expect("the agent's");

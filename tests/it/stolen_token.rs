@@ -15,7 +15,7 @@
 #![allow(clippy::print_stderr, reason = "this is a table to read")]
 #![allow(clippy::disallowed_methods, reason = "real servers, whose time is the real one")]
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use csrd::{
     clock::Clock,
@@ -33,7 +33,8 @@ use kube::{
     Api, Client, ResourceExt as _,
     api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
 };
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -313,6 +314,18 @@ async fn approving_or_deleting_another_nodes_request_where_agents_approve() {
     let error = by_thief.patch_subresource("approval", &theirs, &params, &approval()).await.unwrap_err();
     scene.refused("approving one of another signer", "API server: user not permitted to approve", error).await;
 
+    // An approval of one's own may change metadata too.
+    let mine = make(thief, scene.forged(own, &[])).await.unwrap().name_any();
+    for (attempt, expected, metadata) in [
+        ("a finalizer", "admission: a request has no finalizers", json!({"finalizers": ["test.invalid/stays"]})),
+        ("another node's annotation", "admission: annotation csrd.dev/node", json!({"annotations": {NODE: "n2"}})),
+        ("another node's label", "admission: label csrd.dev/node", json!({"labels": {NODE: "n2"}})),
+    ] {
+        let approval = Patch::Merge(json!({"metadata": metadata}));
+        let error = by_thief.patch_subresource("approval", &mine, &params, &approval).await.unwrap_err();
+        scene.refused(&format!("approving with {attempt}"), expected, error).await;
+    }
+
     let now = scene.requests(&deployment.admin).get(&name).await.unwrap();
     assert_eq!(now.resource_version(), made.resource_version(), "nobody has touched it");
     scene.requests(neighbour).patch_subresource("approval", &name, &params, &approval()).await.unwrap();
@@ -321,7 +334,7 @@ async fn approving_or_deleting_another_nodes_request_where_agents_approve() {
 #[tokio::test]
 async fn a_request_that_is_huge_or_that_nobody_could_delete() {
     let Some(scene) = Scene::new(Overlay::ApprovalController).await else { return };
-    let changes: [(_, _, fn(&mut Value)); 4] = [
+    let changes: [(_, _, fn(&mut Value)); 6] = [
         ("with a finalizer", "admission: a request has no finalizers", |it| {
             it["metadata"]["finalizers"] = json!(["test.invalid/stays"]);
         }),
@@ -329,7 +342,16 @@ async fn a_request_that_is_huge_or_that_nobody_could_delete() {
             let pkcs10 = pkcs10("web.example.org").0;
             it["spec"]["request"] = json!(ByteString([pkcs10, vec![b'\n'; 32_768]].concat()));
         }),
-        ("with a long annotation", "admission: spec.request has at most 32768 bytes, and an", |it| {
+        ("with many labels", "admission: spec.request has at most 32768 bytes; there are", |it| {
+            it["metadata"]["labels"] =
+                (0..9).map(|label| (format!("l{label}"), Value::from(""))).collect::<Map<_, _>>().into();
+        }),
+        ("with many annotations", "admission: spec.request has at most 32768 bytes; there are", |it| {
+            for number in 0..16 {
+                it["metadata"]["annotations"][format!("a{number}")] = "".into();
+            }
+        }),
+        ("with a long annotation", "admission: spec.request has at most 32768 bytes; there are", |it| {
             it["metadata"]["annotations"]["note"] = "x".repeat(254).into();
         }),
         ("under the label of another node", "admission: label csrd.dev/node", |it| {
@@ -350,6 +372,7 @@ async fn a_request_that_is_huge_or_that_nobody_could_delete() {
 async fn ten_thousand_requests() {
     const MANY: usize = 10_000;
     const AT_ONCE: usize = 64;
+    const MANY_MINUTES: Duration = Duration::from_secs(1800);
     let Some(scene) = Scene::new(Overlay::ApprovalController).await else { return };
     let Scene { deployment, thief, neighbour, own, others } = &scene;
     let node = &deployment.nodes[0];
@@ -377,15 +400,21 @@ async fn ten_thousand_requests() {
     let denied = all.iter().filter(|it| conditions(it).iter().any(|it| it.type_ != "Approved")).count();
     let got = format!("{} made, {denied} denied; {waiting} wait, {served} of node 2 signed meanwhile", all.len());
     line("all within policy, 64 at a time", &format!("{MANY} made, 0 denied"), &got);
-    assert!(served > 0 && waiting > MANY / 2, "{got}");
+    assert!(served > 0 && waiting > 0, "{got}");
 
     let (agent, metrics, stop) = (Agent::ask(thief).await.unwrap(), Metrics::new(), CancellationToken::new());
     let later = Clock::paused(SystemTime::now() + ORPHAN_AGE);
     let (_cleaner, run) = Cleaner::new(thief.clone(), agent, node.clone(), later, metrics, stop);
-    let cleaned = eventually("no request is left", async || {
-        let left = requests.list(&of_node.clone().limit(1)).await.unwrap();
-        left.items.is_empty().then_some(())
-    });
-    tokio::select! { () = run => {}, () = cleaned => line("when node 1 gets its agent anew", "none left", "none left") }
+    let cleaned = async {
+        while !requests.list(&of_node.clone().limit(1)).await.unwrap().items.is_empty() {
+            sleep(Duration::from_secs(1)).await;
+        }
+    };
+    tokio::select! {
+        () = run => panic!("the cleaner ends before it is told to"),
+        cleaned = timeout(MANY_MINUTES, cleaned) => cleaned.expect("they are deleted in the end"),
+    }
+    let left = requests.list(&of_node).await.unwrap().items.len();
+    line("when node 1 gets its agent anew", "0 left", &format!("{left} left"));
     scene.ends().await;
 }

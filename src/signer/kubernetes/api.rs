@@ -29,8 +29,9 @@ use crate::{kubernetes::ANSWER_WITHIN, metrics::Metrics};
 
 /// Bytes of an answer; etcd holds no larger object.
 pub(super) const MAX_ANSWER_BYTES: usize = 2 * 1024 * 1024;
-/// Requests of ours in one list: a signed one has some 6 KB, and all must fit into [`MAX_ANSWER_BYTES`].
-pub(super) const PAGE: u32 = 100;
+/// Requests of ours in one list: admission lets an agent make one of up to 64 KB, its certificate included, and all must fit
+/// into [`MAX_ANSWER_BYTES`].
+pub(super) const PAGE: u32 = 25;
 /// How much longer than the API server asked for is waited at most, so that those it sent away do not come back together.
 const RETRY_SPREAD: f64 = 0.5;
 

@@ -148,23 +148,22 @@ impl Work {
     }
 
     fn delete(&self, doomed: Doomed) -> BoxFuture<'static, ()> {
-        let api = self.api.clone();
-        async move {
-            let Doomed { name, uid } = doomed;
-            if let Err(error) = api.delete(&name, uid, Instant::now() + ANSWER_WITHIN).await {
-                tracing::warn!(name, reason = error.reason(), %error, "a CertificateSigningRequest could not be deleted");
-            }
-        }
-        .boxed()
+        delete(self.api.clone(), doomed).map(drop).boxed()
     }
 
     /// Deletes what no attempt can still wait for, page by page.
     async fn sweep(self: Arc<Self>) {
         let labels = format!("{}={},{}={}", label::MANAGED_BY, label::MANAGER, label::NODE, node_label(&self.node));
-        let (mut deleted, mut after) = (0, None);
+        let (mut deleted, mut begun_with, mut after) = (0, 0, None);
         loop {
+            let again = after.is_some() && deleted > begun_with;
             let page = match self.api.list(&labels, after, Instant::now() + ANSWER_WITHIN).await {
                 Ok(page) => page,
+                // A place in a list is kept for some minutes only. What was before it is gone, so begin again.
+                Err(_) if again => {
+                    (begun_with, after) = (deleted, None);
+                    continue;
+                }
                 Err(error) => {
                     tracing::warn!(reason = error.reason(), %error, "cannot look for orphaned CertificateSigningRequests");
                     break;
@@ -172,8 +171,7 @@ impl Work {
             };
             for orphan in page.items.into_iter().filter(|csr| self.is_orphan(csr)) {
                 let (name, uid) = (orphan.metadata.name.unwrap_or_default(), orphan.metadata.uid);
-                self.delete(Doomed { name, uid }).await;
-                deleted += 1;
+                deleted += usize::from(delete(self.api.clone(), Doomed { name, uid }).await);
             }
             after = page.metadata.continue_.filter(|token| !token.is_empty());
             if after.is_none() {
@@ -198,4 +196,13 @@ impl Work {
         let age = made.and_then(|made| self.clock.now().duration_since(made).ok());
         ours && age.is_some_and(|age| age >= ORPHAN_AGE)
     }
+}
+
+/// Whether it is gone; if not, says why.
+async fn delete(api: CsrApi, Doomed { name, uid }: Doomed) -> bool {
+    let deleted = api.delete(&name, uid, Instant::now() + ANSWER_WITHIN).await;
+    if let Err(error) = &deleted {
+        tracing::warn!(name, reason = error.reason(), %error, "a CertificateSigningRequest could not be deleted");
+    }
+    deleted.is_ok()
 }

@@ -63,7 +63,7 @@ async fn apply(node: &RealNode) {
     fs::write(folder.path().join("kustomization.yaml"), kustomization.to_string()).unwrap();
     kubectl(node, &["apply", "-k", folder.path().to_str().unwrap()]).await;
     for part in ["deployment/csrd-controller", "daemonset/csrd-agent"] {
-        let rolled = node.cluster.kubectl(&["-n", SYSTEM, "rollout", "status", part, "--timeout=120s"]).await;
+        let rolled = node.cluster.kubectl(&["-n", SYSTEM, "rollout", "status", part, "--timeout=300s"]).await;
         if !rolled.status.success() {
             let logs = ["-n", SYSTEM, "logs", "-l", "app.kubernetes.io/name=csrd", "--tail=20", "--prefix"];
             let logs = node.cluster.kubectl(&logs).await;
@@ -136,7 +136,7 @@ async fn served(node: &RealNode, signer: &str) -> String {
     let namespace = node.cluster.namespace(&[]).await;
     node.cluster.service(&namespace, "web-api", &[("app", "web")]).await;
     create(node, policy(&namespace, signer)).await;
-    kubectl(node, &["wait", "--for=condition=Accepted", "--timeout=60s", "certificatepolicy", &namespace]).await;
+    kubectl(node, &["wait", "--for=condition=Accepted", "--timeout=300s", "certificatepolicy", &namespace]).await;
     namespace
 }
 

@@ -94,12 +94,12 @@ pub fn node_label(node: &str) -> &str {
     node[..end].trim_end_matches(|c: char| !c.is_ascii_alphanumeric())
 }
 
-/// Between tries of a watch while the API server is away: seldom enough for a cluster of agents, and soon after it is back.
-pub const WATCH_RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(10));
+/// Between tries while the API server is away: seldom enough for a cluster of agents, and soon after it is back.
+pub const RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(10));
 /// A watch that has not failed for so long begins with short waits again.
 pub const WATCH_HELD: Duration = Duration::from_secs(60);
 
-/// [`WATCH_RETRY`] for kube's watchers. Their own default lets up to a minute pass after an outage, in which a right that
+/// [`RETRY`] for kube's watchers. Their own default lets up to a minute pass after an outage, in which a right that
 /// was taken away would stay in force.
 #[derive(Debug, Default)]
 pub struct WatchBackoff {
@@ -114,7 +114,7 @@ impl Iterator for WatchBackoff {
         let now = Instant::now();
         let held = self.failed_at.replace(now).is_none_or(|before| now - before > WATCH_HELD);
         self.failures = if held { 1 } else { self.failures.saturating_add(1) };
-        Some(WATCH_RETRY.delay(self.failures, &mut rand::rng()))
+        Some(RETRY.delay(self.failures, &mut rand::rng()))
     }
 }
 

@@ -5,13 +5,14 @@ use std::{fmt::Debug, pin::pin};
 use futures_util::StreamExt as _;
 use kube::{
     Api, Resource,
-    runtime::watcher::{self, Event},
+    runtime::{
+        WatchStreamExt as _,
+        watcher::{self, Event},
+    },
 };
-use rand::{SeedableRng as _, rngs::StdRng};
 use serde::de::DeserializeOwned;
-use tokio::time::sleep;
 
-use crate::kubernetes::{self, WATCH_RETRY};
+use crate::kubernetes::{self, WatchBackoff};
 
 /// What has happened to objects of one kind.
 #[derive(Debug)]
@@ -44,15 +45,15 @@ pub(super) async fn follow<K, T>(
 ) where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static,
 {
-    let (mut listed, mut failures, mut random) = (Vec::new(), 0, StdRng::from_os_rng());
-    let mut events = pin!(watcher::watcher(api, config));
+    let (mut listed, mut silent) = (Vec::new(), false);
+    let mut events = pin!(watcher::watcher(api, config).backoff(WatchBackoff::default()));
     let what = K::plural(&());
     while let Some(event) = events.next().await {
         match event {
             // Comes before each try of a list, and so says nothing yet.
             Ok(Event::Init) => listed = Vec::new(),
             Ok(event) => {
-                if std::mem::take(&mut failures) > 0 {
+                if std::mem::take(&mut silent) {
                     tracing::info!(%what, "the API server tells again");
                 }
                 match event {
@@ -64,12 +65,10 @@ pub(super) async fn follow<K, T>(
             }
             Err(error) => {
                 let reason = said(&error, &K::group(&()), &what);
-                if failures == 0 {
+                if !std::mem::replace(&mut silent, true) {
                     tracing::warn!(%what, reason, "the API server does not tell; what is known stays");
                 }
                 apply(Change::Silent(reason));
-                failures += 1;
-                sleep(WATCH_RETRY.delay(failures, &mut random)).await;
             }
         }
     }

@@ -14,11 +14,10 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     agent::{Background, Cluster},
     attest::{Pods, pods::Scope, token::Tokens},
-    backoff::Backoff,
     cli::UsageError,
     clock::Clock,
     config::{ClusterSigner, Kubernetes},
-    kubernetes::{self, Identity},
+    kubernetes::{self, Identity, RETRY},
     metrics::Metrics,
     policy::{PolicySet, watch::ClusterPolicies},
     signer::{
@@ -30,8 +29,6 @@ use crate::{
 
 /// How long the API server may take to say who the agent is.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
-/// Between tries to ask the API server who the agent is.
-const RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(10));
 
 /// The parts that differ from a host's.
 pub(super) struct InCluster {

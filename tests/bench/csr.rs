@@ -91,7 +91,7 @@ impl Site {
             self.cluster.pod(&self.namespace, &format!("pod-{number}"), &self.node, "default", &labels).await
         });
         let made: Vec<Pod> = made.buffer_unordered(8).collect().await;
-        made.iter().map(|pod| Process::start(&pod.uid().expect("a UID"), &container(pod), &self.socket())).collect()
+        made.iter().map(|pod| Process::start(pod, &self.socket())).collect()
     }
 
     /// The median, in milliseconds, of one round of the bare Go client.
@@ -109,12 +109,6 @@ impl Drop for Site {
         let _ = self.agent.kill();
         let _ = self.agent.wait();
     }
-}
-
-fn container(pod: &Pod) -> String {
-    let status = pod.status.as_ref().and_then(|status| status.container_statuses.as_ref()?.first());
-    let id = status.and_then(|status| status.container_id.as_deref()).expect("a container that runs");
-    id.trim_start_matches("containerd://").to_owned()
 }
 
 /// One certificate after another for one pod, and the Go client's, by turns.

@@ -17,6 +17,9 @@
 )]
 mod it {
     pub(crate) mod cluster;
+    pub(crate) mod pods {
+        pub(crate) mod cgroup;
+    }
     pub(crate) mod raw_h2;
 }
 

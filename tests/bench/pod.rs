@@ -1,21 +1,18 @@
 //! The process of a pod: put into the cgroup that a kubelet would give it, and told over its standard input when to ask.
 
-use std::{
-    path::{Path, PathBuf},
-    process::Stdio,
-    time::Instant,
-};
+use std::{path::Path, process::Stdio, time::Instant};
 
 use csrd::proto::v1::{
     IssueCertificateRequest, SubscribeRequest, certificate_service_client::CertificateServiceClient,
 };
+use k8s_openapi::api::core::v1::Pod;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines},
     process::{Child, ChildStdin, ChildStdout, Command},
 };
 use tonic::{Status, transport::Endpoint};
 
-use crate::process::ask;
+use crate::{it::pods::cgroup::Cgroup, process::ask};
 
 /// Makes this binary the process of a pod.
 pub(crate) const ARGUMENT: &str = "--as-a-pod";
@@ -27,28 +24,21 @@ pub(crate) const SUBSCRIBE: &str = "subscribe";
 
 /// A process that runs in a pod's cgroup.
 pub(crate) struct Process {
-    _child: Child,
+    child: Child,
     input: ChildStdin,
     output: Lines<BufReader<ChildStdout>>,
-    cgroup: PathBuf,
+    _cgroup: Cgroup,
 }
 
 impl Process {
-    /// Starts it for the pod of this UID.
-    pub(crate) fn start(uid: &str, container: &str, socket: &Path) -> Self {
-        // Any hierarchy of version 1 will do, and else there is only the one of version 2.
-        let root = Path::new("/sys/fs/cgroup");
-        let root = [root.join("pids"), root.to_owned()].into_iter().find(|it| it.join("cgroup.procs").exists());
-        let cgroup = root.expect("cgroups are mounted").join("kubepods/besteffort").join(format!("pod{uid}"));
-        let cgroup = cgroup.join(container);
-        std::fs::create_dir_all(&cgroup).expect("a cgroup, as root");
-        let mut command = Command::new("sh");
-        command.args(["-c", "echo $$ > \"$1/cgroup.procs\" && shift && exec \"$@\"", "sh"]).arg(&cgroup);
+    /// Starts it for this pod.
+    pub(crate) fn start(pod: &Pod, socket: &Path) -> Self {
+        let cgroup = Cgroup::of(pod);
+        let mut command = Command::from(cgroup.command(&[]));
         command.arg(std::env::current_exe().expect("this binary")).arg(ARGUMENT).arg(socket);
-        let mut child =
-            command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true).spawn().expect("a process");
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a process, as root");
         let (input, output) = (child.stdin.take().expect("piped"), child.stdout.take().expect("piped"));
-        Self { _child: child, input, output: BufReader::new(output).lines(), cgroup }
+        Self { child, input, output: BufReader::new(output).lines(), _cgroup: cgroup }
     }
 
     /// How many milliseconds it takes to do this.
@@ -61,16 +51,11 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // The process ends with its input, some time later.
-        let folder = self.cgroup.clone();
-        std::thread::spawn(move || {
-            let mut folder = folder;
-            let began = Instant::now();
-            while folder.exists() && began.elapsed().as_secs() < 5 {
-                let _ = std::fs::remove_dir(&folder);
-            }
-            while folder.pop() && std::fs::remove_dir(&folder).is_ok() {}
-        });
+        // A cgroup goes only when nobody is in it any more.
+        let _ = self.child.start_kill();
+        while let Ok(None) = self.child.try_wait() {
+            std::thread::yield_now();
+        }
     }
 }
 

@@ -435,7 +435,7 @@ impl Drop for Actor {
 }
 
 #[tokio::test]
-#[ignore = "the other side of the tests here; does nothing by itself"]
+#[ignore = "run by the other tests here, as a process of its own"]
 async fn actor() {
     let mut props = Props::default();
     // Not a byte more than the order is read, because the rest is for the program that an actor becomes.

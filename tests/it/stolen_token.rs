@@ -19,7 +19,7 @@ use std::time::{Duration, SystemTime};
 
 use csrd::{
     clock::Clock,
-    kubernetes::{Identity as Agent, extra},
+    kubernetes::{Identity as Agent, extra, node_label},
     metrics::Metrics,
     signer::kubernetes::{Cleaner, ORPHAN_AGE},
     telemetry::with_causes,
@@ -366,9 +366,32 @@ async fn a_request_that_is_huge_or_that_nobody_could_delete() {
     scene.ends().await;
 }
 
+/// A label has no room for all of such a name; see `node_label`.
+#[tokio::test]
+async fn the_label_of_another_node_where_names_are_long() {
+    let Some(scene) = Scene::new(Overlay::ApprovalController).await else { return };
+    let Deployment { cluster, home, .. } = &scene.deployment;
+    // Cut at 63 bytes, it ends with a dot, which a label may not.
+    let node = cluster.node(&format!("{}.example.org", "n".repeat(62))).await;
+    let agent = cluster.pod(home, &unique("agent"), &node.name_any(), "csrd-agent", &[]).await;
+    let agent = cluster.access.client(&Identity::Token(cluster.token(&agent, &[]).await)).await;
+    let labelled = |label: &str| {
+        let mut request = scene.forged(&scene.own, &[(NODE, &node.name_any())]);
+        request["metadata"]["labels"][NODE] = label.into();
+        request
+    };
+    make(&agent, labelled(node_label(&node.name_any()))).await.expect("the node's own label");
+    for label in ["", "n", &"n".repeat(60), "m"] {
+        let said = make(&agent, labelled(label)).await.expect_err(label).to_string();
+        let (_, said) = said.split_once("denied request: ").expect("admission refuses");
+        line(&format!("{} bytes of a label", label.len()), "label csrd.dev/node must be the node of the agent's", said);
+    }
+    scene.ends().await;
+}
+
 /// All are within policy, so none is denied: they wait, and are deleted by the agent that the node gets anew.
 #[tokio::test]
-#[ignore = "takes minutes, and all there is of two cores: --include-ignored"]
+#[ignore = "takes all there is of two cores: .ci/run, or --include-ignored"]
 async fn ten_thousand_requests() {
     const MANY: usize = 10_000;
     const AT_ONCE: usize = 64;

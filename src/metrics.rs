@@ -14,12 +14,12 @@
 //! | `csrd_policy_loads_total` | counter | `result` ok, error | loads of the policy set; after an error the last good set stays |
 //! | `csrd_policy_generation` | gauge | | number of the policy set in force, from 1 |
 //! | `csrd_ca_not_after_seconds` | gauge | `signer` | end of the CA certificate in force, Unix time |
-//! | `csrd_credential_earliest_expiry_seconds` | gauge | | first end of a live credential, Unix time; `inf` when there is none |
-//! | `csrd_api_requests_total` | `verb`, `result`, `reason` |
-//! | `csrd_api_request_duration_seconds` | `verb` |
-//! | `csrd_csr_verdicts_total` | `result`, `reason` |
-//! | `csrd_csr_waiting` | nothing of ours |
-//! | `csrd_leading` | nothing of ours |
+//! | `csrd_credential_earliest_expiry_seconds` | gauge | | first end of a credential, Unix time, also of one that nobody has followed for up to 5 minutes; `inf` when there is none |
+//! | `csrd_api_requests_total` | counter | `verb`; `result` ok, error; `reason` | requests about CertificateSigningRequests to the API server |
+//! | `csrd_api_request_duration_seconds` | histogram | `verb` | time of one such request |
+//! | `csrd_csr_verdicts_total` | counter | `result` approved, refused; `reason` | the controller's verdicts |
+//! | `csrd_csr_waiting` | gauge | | requests that wait for their turn in the controller |
+//! | `csrd_leading` | gauge | | 1 in the controller that leads |
 //! | `csrd_build_info` | info | `version` | what is running |
 //!
 //! No label carries anything a caller can choose: `result` and `reason` are `&'static str` (`reason` is empty when the
@@ -454,10 +454,17 @@ mod tests {
             .collect();
         exposed.sort_unstable();
         exposed.dedup();
-        let mut documented: Vec<_> = include_str!("metrics.rs")
-            .lines()
-            .filter_map(|line| line.strip_prefix("//! | `")?.split('`').next())
-            .collect();
+        let rows = include_str!("metrics.rs").lines().filter(|line| line.starts_with("//! | `"));
+        let mut documented = Vec::new();
+        for row in rows {
+            let [_, name, kind, _, meaning, _] = row.split('|').map(str::trim).collect::<Vec<_>>()[..] else {
+                panic!("{row} has four columns");
+            };
+            let name = name.trim_matches('`');
+            let family = ["_total", "_info"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
+            assert!(text.contains(&format!("# TYPE {family} {kind}\n")) && !meaning.is_empty(), "{row}");
+            documented.push(name);
+        }
         documented.sort_unstable();
         assert_eq!(exposed, documented);
     }

@@ -53,7 +53,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
 
 /// Starts every part.
 async fn start(config: config::controller::Controller, stop: CancellationToken) -> anyhow::Result<Tasks> {
-    let client = kubernetes::connect(config.kubeconfig.as_deref()).await?;
+    let client = kubernetes::connect(config.kubeconfig.as_deref()).await.map_err(UsageError::of)?;
     let (clock, metrics, readiness) = (Clock::system(), Metrics::new(), Readiness::new());
     let pods = Pods::new(Scope::Cluster, clock.clone());
     let policies = ClusterPolicies::new(client.clone(), metrics.clone());

@@ -24,7 +24,7 @@ pub(crate) const SUBSCRIBE: &str = "subscribe";
 
 /// A process that runs in a pod's cgroup.
 pub(crate) struct Process {
-    child: Child,
+    _child: Child,
     input: ChildStdin,
     output: Lines<BufReader<ChildStdout>>,
     _cgroup: Cgroup,
@@ -38,7 +38,7 @@ impl Process {
         command.arg(std::env::current_exe().expect("this binary")).arg(ARGUMENT).arg(socket);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a process, as root");
         let (input, output) = (child.stdin.take().expect("piped"), child.stdout.take().expect("piped"));
-        Self { child, input, output: BufReader::new(output).lines(), _cgroup: cgroup }
+        Self { _child: child, input, output: BufReader::new(output).lines(), _cgroup: cgroup }
     }
 
     /// How many milliseconds it takes to do this.
@@ -46,16 +46,6 @@ impl Process {
         self.input.write_all(format!("{order}\n").as_bytes()).await.expect("the process lives");
         let said = self.output.next_line().await.expect("it answers").expect("it answers");
         said.parse().unwrap_or_else(|_| panic!("no certificate: {said}"))
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // A cgroup goes only when nobody is in it any more.
-        let _ = self.child.start_kill();
-        while let Ok(None) = self.child.try_wait() {
-            std::thread::yield_now();
-        }
     }
 }
 

@@ -4,12 +4,18 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
+    time::Duration,
 };
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt as _;
+use rustix::process::{Pid, Signal, kill_process};
 
-/// A cgroup, until it is dropped.
+/// A killed process is in its cgroup for a moment yet.
+const POLL: Duration = Duration::from_millis(10);
+const TRIES: usize = 500;
+
+/// A cgroup, until it is dropped, and who is in it with it.
 pub(crate) struct Cgroup(PathBuf);
 
 impl Cgroup {
@@ -40,10 +46,21 @@ impl Cgroup {
 }
 
 impl Drop for Cgroup {
+    #[allow(clippy::disallowed_methods, reason = "a drop cannot await")]
     fn drop(&mut self) {
-        // Up to the first that is still in use.
+        for _ in 0..TRIES {
+            let inside = fs::read_to_string(self.0.join("cgroup.procs")).unwrap_or_default();
+            for process in inside.lines().filter_map(|id| Pid::from_raw(id.parse().ok()?)) {
+                let _ = kill_process(process, Signal::KILL);
+            }
+            if fs::remove_dir(&self.0).is_ok() {
+                break;
+            }
+            std::thread::sleep(POLL);
+        }
+        // And what is above it, up to the first that is still in use.
         let mut folder = self.0.clone();
-        while fs::remove_dir(&folder).is_ok() && folder.pop() {}
+        while folder.pop() && fs::remove_dir(&folder).is_ok() {}
     }
 }
 

@@ -15,8 +15,11 @@ use rustix::process::{Pid, Signal, kill_process};
 const POLL: Duration = Duration::from_millis(10);
 const TRIES: usize = 500;
 
-/// A cgroup, until it is dropped, and who is in it with it.
-pub(crate) struct Cgroup(PathBuf);
+/// A cgroup. Whoever made it ends it when dropped, and who is in it with it.
+pub(crate) struct Cgroup {
+    folder: PathBuf,
+    made: bool,
+}
 
 impl Cgroup {
     pub(crate) fn make(path: &str) -> Self {
@@ -24,11 +27,12 @@ impl Cgroup {
         let root = Path::new("/sys/fs/cgroup");
         let root = [root.join("pids"), root.to_owned()].into_iter().find(|it| it.join("cgroup.procs").exists());
         let folder = root.expect("cgroups are mounted where they always are").join(path);
+        let made = !folder.exists();
         // Another test's end may take a parent away between two steps.
         while let Err(error) = fs::create_dir_all(&folder) {
             assert_eq!(error.kind(), std::io::ErrorKind::NotFound, "{error}");
         }
-        Self(folder)
+        Self { folder, made }
     }
 
     /// That of the pod's only container.
@@ -40,7 +44,7 @@ impl Cgroup {
     /// else that command itself.
     pub(crate) fn command(&self, through: &[&str]) -> Command {
         let mut command = Command::new("sh");
-        command.args(["-c", "echo $$ > \"$1/cgroup.procs\" && shift && exec \"$@\"", "sh"]).arg(&self.0).args(through);
+        command.args(["-c", "echo $$ > \"$1/cgroup.procs\" && shift && exec \"$@\"", "sh"]).arg(&self.folder).args(through);
         command
     }
 }
@@ -48,18 +52,21 @@ impl Cgroup {
 impl Drop for Cgroup {
     #[allow(clippy::disallowed_methods, reason = "a drop cannot await")]
     fn drop(&mut self) {
+        if !self.made {
+            return;
+        }
         for _ in 0..TRIES {
-            let inside = fs::read_to_string(self.0.join("cgroup.procs")).unwrap_or_default();
+            let inside = fs::read_to_string(self.folder.join("cgroup.procs")).unwrap_or_default();
             for process in inside.lines().filter_map(|id| Pid::from_raw(id.parse().ok()?)) {
                 let _ = kill_process(process, Signal::KILL);
             }
-            if fs::remove_dir(&self.0).is_ok() {
+            if fs::remove_dir(&self.folder).is_ok() {
                 break;
             }
             std::thread::sleep(POLL);
         }
         // And what is above it, up to the first that is still in use.
-        let mut folder = self.0.clone();
+        let mut folder = self.folder.clone();
         while folder.pop() && fs::remove_dir(&folder).is_ok() {}
     }
 }

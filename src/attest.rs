@@ -130,7 +130,7 @@ impl Attestor {
     /// What is proven about the peer now.
     ///
     /// Equal facts of one peer are the same `Arc`. Waits only to hash an executable, or to look one up on a file system
-    /// that has to be asked; facts read less than a second ago are confirmed in three system calls.
+    /// that has to be asked; facts read less than a second ago are confirmed in two or three system calls.
     ///
     /// # Errors
     /// See [`AttestError`]; [`AttestError::is_transient`] tells whether to ask again.

@@ -172,7 +172,7 @@ impl Peer {
         *self.attested.lock().unwrap_or_else(PoisonError::into_inner) = Some(attested);
     }
 
-    /// What the process is now: three system calls.
+    /// What the process is now: two system calls, or three before Linux 6.13.
     ///
     /// # Errors
     /// It has exited, or its effective ids are no longer those it connected with.
@@ -190,8 +190,11 @@ impl Peer {
             let (uid, gid) = self.handle.owner().map_err(gone_or("/proc/PID"))?;
             (uid, gid, None)
         };
-        // Last, because what is read of a process that has exited looks like root's.
-        require_alive(pidfd)?;
+        // Only a live process has a program, and the ids behind a pidfd are its own to the end. What else is read of one
+        // that has exited looks like root's, so this comes last.
+        if executable.is_none() || !self.capabilities.pidfd_info {
+            require_alive(pidfd)?;
+        }
         let ids = Ids { uid, gid };
         if ids != self.connected {
             let Ids { uid, gid } = self.connected;

@@ -12,7 +12,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use rustix::net::sockopt;
+use rustix::{io::ioctl_fionread, net::sockopt};
 use tokio::{
     io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::UnixStream,
@@ -63,7 +63,16 @@ impl AsyncRead for PeerStream {
         }
         loop {
             ready!(self.stream.poll_read_ready(cx))?;
-            match self.stream.try_io(Interest::READABLE, || self.receive(buffer)) {
+            let mut emptied = false;
+            let outcome = self.stream.try_io(Interest::READABLE, || {
+                let room = buffer.remaining();
+                self.receive(buffer)?;
+                // To find the stream empty by another read would take longer.
+                emptied = (1..room).contains(&(room - buffer.remaining())) && ioctl_fionread(&self.stream)? == 0;
+                if emptied { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+            });
+            match outcome {
+                Err(_) if emptied => return Poll::Ready(Ok(())),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 done => return Poll::Ready(done),

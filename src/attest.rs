@@ -145,7 +145,8 @@ impl Attestor {
         {
             return Ok(Arc::clone(&last.workload));
         }
-        let (observation, seen) = self.read(peer, hashed).await?;
+        // Rare, and large: a future that attests is moved and kept without it.
+        let (observation, seen) = Box::pin(self.read(peer, hashed)).await?;
         let workload = match (seen, last) {
             (Seen::Pod(pod), _) => pod,
             (Seen::Process(facts), Some(last)) if last.workload.unix() == Some(&facts) => last.workload,
@@ -167,7 +168,7 @@ impl Attestor {
     ) -> Result<(), AttestError> {
         match (&self.cluster, token) {
             (None, _) | (_, Ok(None)) => Ok(()),
-            (Some(cluster), Ok(Some(token))) => Ok(cluster.confirm(workload, token).await?),
+            (Some(cluster), Ok(Some(token))) => Ok(Box::pin(cluster.confirm(workload, token)).await?),
             (Some(_), Err(malformed)) => Err(malformed.clone().into()),
         }
     }

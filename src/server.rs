@@ -18,7 +18,12 @@ mod sds;
 pub mod stop;
 mod workload_api;
 
-use std::{convert::Infallible, pin::pin, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    pin::{Pin, pin},
+    sync::Arc,
+    time::Duration,
+};
 
 use hyper::{
     HeaderMap, Request, Response, body::Incoming, header::AUTHORIZATION, server::conn::http2, service::service_fn,
@@ -190,11 +195,13 @@ impl Server {
                             match peer {
                                 Ok(peer) => {
                                     let caller = Caller::Peer(peer.clone());
-                                    let served = server.connection(PeerStream::new(stream, &peer), principal, Ok(caller));
+                                    let stream = PeerStream::new(stream, &peer);
+                                    let served = pin!(server.connection(stream, principal, Ok(caller)));
                                     server.until_taken(&seat, served).await;
                                 }
                                 Err(error) => {
-                                    server.until_taken(&seat, server.connection(stream, principal, Err(error))).await;
+                                    let served = pin!(server.connection(stream, principal, Err(error)));
+                                    server.until_taken(&seat, served).await;
                                 }
                             }
                         });
@@ -214,7 +221,7 @@ impl Server {
     }
 
     /// Serves a connection until it ends or somebody else needs its place more.
-    async fn until_taken(&self, seat: &Seat, connection: impl Future<Output = ()>) {
+    async fn until_taken(&self, seat: &Seat, connection: Pin<&mut impl Future<Output = ()>>) {
         tokio::select! {
             () = connection => {}
             () = seat.taken() => self.metrics.connection_refused(ConnectionRefused::TooMany),

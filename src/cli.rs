@@ -28,7 +28,7 @@ use crate::{
     client::{ClientError, Code, output::Style},
     config::otel_variables,
     tasks::TaskError,
-    telemetry::{Log, LogFormat, Telemetry},
+    telemetry::{Log, LogFormat, Telemetry, with_causes},
 };
 
 const EXIT_CODES: &str = "Exit codes:
@@ -91,7 +91,7 @@ pub struct UsageError(pub String);
 impl UsageError {
     /// Says the whole chain of an error in one line.
     fn of(error: impl std::error::Error + Send + Sync + 'static) -> Self {
-        Self(format!("{:#}", anyhow::Error::new(error)))
+        Self(with_causes(&error))
     }
 }
 
@@ -106,8 +106,7 @@ pub async fn run() -> ExitCode {
         }
     };
     cli.command.run().await.unwrap_or_else(|error| {
-        // `{:#}` is the chain in one line: each level says only its own part.
-        let _ = writeln!(io::stderr(), "csrd: {error:#}");
+        let _ = writeln!(io::stderr(), "csrd: {}", with_causes(&*error));
         exit(&error).into()
     })
 }

@@ -165,12 +165,16 @@ impl Telemetry {
     }
 }
 
-/// An error and all that is behind it in one line: a refusal without its reason helps nobody.
+/// An error and all that is behind it in one line: a refusal without its reason helps nobody. What an error of another
+/// crate has said of its cause already is not said again.
 pub fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        text = format!("{text}: {error}");
+        let said = error.to_string();
+        if !text.ends_with(&said) {
+            text = format!("{text}: {said}");
+        }
         cause = error.source();
     }
     text
@@ -211,4 +215,25 @@ where
 fn is_our_span(metadata: &Metadata<'_>) -> bool {
     let ours = metadata.target().strip_prefix(TARGET).is_some_and(|rest| rest.is_empty() || rest.starts_with("::"));
     metadata.is_span() && ours
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{0}")]
+    struct Said(&'static str, #[source] Option<Box<Said>>);
+
+    #[test]
+    fn each_cause_is_said_once() {
+        let chain = |texts: &[&'static str]| {
+            let chained = texts.iter().rev().fold(None, |cause, text| Some(Box::new(Said(text, cause))));
+            with_causes(&*chained.unwrap())
+        };
+        assert_eq!(chain(&["a"]), "a");
+        assert_eq!(chain(&["cannot read", "no such file"]), "cannot read: no such file");
+        assert_eq!(chain(&["cannot read: no such file", "no such file"]), "cannot read: no such file");
+        assert_eq!(chain(&["a", "b: c", "c", "d"]), "a: b: c: d");
+    }
 }

@@ -15,6 +15,7 @@ use crate::{
     policy::lifetime,
     proto::v1::{self, certificate_request::Key},
     socket::{DEFAULT_SOCKET, SocketPath},
+    telemetry::with_causes,
     x509::{Csr, KeyAlgorithm, Usage, csr::MAX_PKCS10_BYTES},
 };
 
@@ -107,7 +108,7 @@ fn read_csr(path: &Path) -> Result<Vec<u8>, UsageError> {
     File::open(path)
         .and_then(|file| file.take(MAX_PKCS10_BYTES as u64 + 1).read_to_end(&mut bytes))
         .map_err(|error| refuse(format!("cannot be read: {error}")))?;
-    let csr = Csr::parse(&bytes).map_err(|error| refuse(format!("{:#}", anyhow::Error::new(error))))?;
+    let csr = Csr::parse(&bytes).map_err(|error| refuse(with_causes(&error)))?;
     Ok(csr.der().to_owned())
 }
 

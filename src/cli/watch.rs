@@ -35,6 +35,7 @@ use crate::{
         output::Line,
         sink::{DEFAULT_KEY_MODE, KeyMode, Owner, Sink, Target},
     },
+    telemetry::with_causes,
 };
 
 /// Waits between tries to write.
@@ -195,7 +196,7 @@ impl Watch {
                 self.failures = self.failures.saturating_add(1);
                 let wait = REWRITE.delay(self.failures, &mut rand::rng());
                 self.rewrite_at = Some(Instant::now() + wait);
-                let message = format!("{:#}", anyhow::Error::from(error));
+                let message = with_causes(&error);
                 self.print(&Line::WriteFailed { message: &message, retry_in_ms: wait.as_millis() });
                 Ok(())
             }

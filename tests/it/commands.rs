@@ -53,3 +53,17 @@ fn the_definition_in_deploy_is_the_one_that_is_printed() {
     let kept = include_str!("../../deploy/kubernetes/base/crd.yaml");
     assert!(String::from_utf8(printed.stdout).unwrap() == kept, "csrd crd > deploy/kubernetes/base/crd.yaml");
 }
+
+#[test]
+fn a_kubeconfig_that_cannot_be_read_is_a_mistake_of_whoever_started() {
+    let folder = tempfile::tempdir().unwrap();
+    let absent = folder.path().join("absent").display().to_string();
+    for (command, config) in [("agent", "{kubernetes: {kubeconfig: ABSENT}}"), ("controller", "{kubeconfig: ABSENT}")] {
+        let file = folder.path().join(command);
+        fs::write(&file, config.replace("ABSENT", &absent)).unwrap();
+        let output = csrd(&[command, "--config", file.to_str().unwrap()]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(64), "{said}");
+        assert!(said.contains(&absent) && said.matches("No such file").count() == 1, "{said}");
+    }
+}

@@ -12,7 +12,7 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::{process::Command, time::timeout};
 
-use crate::files::read_text;
+use crate::{files::read_text, telemetry::with_causes};
 
 /// How long a command may run.
 const EXEC_TIMEOUT: Duration = Duration::from_secs(30);
@@ -49,8 +49,7 @@ pub(super) fn signal_name(signal: Signal) -> String {
 /// Signals the process whose id is in the file at `path`; what was done, or why not.
 pub(super) fn signal_pid_file(path: &Path, signal: Signal) -> Result<String, String> {
     let failed = |why: &str| format!("pid file {}: {why}", path.display());
-    let text =
-        read_text(path, MAX_PID_FILE_BYTES).map_err(|error| failed(&format!("{:#}", anyhow::Error::new(error))))?;
+    let text = read_text(path, MAX_PID_FILE_BYTES).map_err(|error| failed(&with_causes(&error)))?;
     // Only digits: to kill(2) zero and negative numbers are groups of processes.
     let digits = Some(text.trim()).filter(|text| text.bytes().all(|b| b.is_ascii_digit()));
     let pid =

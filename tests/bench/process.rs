@@ -117,8 +117,12 @@ impl Drop for Server {
 
 /// Resident memory of a process in KiB.
 pub(crate) fn resident_kib(process: u32) -> f64 {
+    memory_kib(process, "VmRSS:")
+}
+
+fn memory_kib(process: u32, field: &str) -> f64 {
     let status = fs::read_to_string(format!("/proc/{process}/status")).expect("the process lives");
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("a resident size");
+    let line = status.lines().find(|line| line.starts_with(field)).expect("a size");
     line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number")
 }
 
@@ -156,8 +160,12 @@ pub(crate) async fn start(table: &mut Table) {
     // Idle memory, once what the start allocated has been given back.
     tokio::time::sleep(Duration::from_secs(2)).await;
     let floor = Server::floor().await;
-    let (floor, ours) = (floor.resident_kib() / 1024.0, server.resident_kib() / 1024.0);
-    table.beside("resident memory, idle", "MiB", floor, ours, "<= 15 MB");
+    for (what, field, budget) in
+        [("resident memory, idle", "VmRSS:", "<= 15 MB"), ("of that not the program's file", "RssAnon:", "")]
+    {
+        let of = |server: &Server| memory_kib(server.child.id(), field) / 1024.0;
+        table.beside(what, "MiB", of(&floor), of(&server), budget);
+    }
 }
 
 /// Size of the stripped binary.

@@ -106,7 +106,7 @@ impl Answers {
     pub(super) async fn answer(&self, turn: Turn) -> Outcome {
         let Turn { mut request, failures } = turn;
         let span = telemetry::verdict_span(request.traceparent.as_deref());
-        match self.try_answer(&mut request, failures).instrument(span).await {
+        match self.try_answer(&mut request).instrument(span).await {
             Ok(true) => Outcome::Answered,
             Ok(false) => Outcome::Again(Instant::now() + SECOND_LOOK, request),
             Err(AnswerError::Api(error)) if is(&error, Status::is_not_found) => Outcome::Answered,
@@ -124,7 +124,7 @@ impl Answers {
     }
 
     /// False for a refusal that is to be looked at again.
-    async fn try_answer(&self, request: &mut Request, failures: u32) -> Result<bool, AnswerError> {
+    async fn try_answer(&self, request: &mut Request) -> Result<bool, AnswerError> {
         let verdict = match &request.asked {
             Ok(Asked::Pod(claim)) => self.judge(claim).await?,
             Ok(Asked::Kubelet(kubelet)) => match self.judge_kubelet(kubelet).await? {
@@ -138,7 +138,10 @@ impl Answers {
         };
         match verdict {
             Ok((approval, workload)) => self.allow(request, approval, &workload).await?,
-            Err(Refused { refusal, .. }) if refusal.may_be_early() && failures == 0 => return Ok(false),
+            Err(Refused { refusal, .. }) if refusal.may_be_early() && !request.looked_twice => {
+                request.looked_twice = true;
+                return Ok(false);
+            }
             Err(refused) => self.refuse(request, refused).await?,
         }
         Ok(true)
@@ -404,16 +407,31 @@ mod tests {
 
     /// A request that is refused without a look at any pod.
     fn refused(approved: bool) -> Turn {
+        refused_for(Refusal::Expiration, approved)
+    }
+
+    /// As if judged by what is watched.
+    fn refused_by_the_watched() -> Turn {
+        let pod = PodName { namespace: "a".into(), name: "b".into(), uid: "c".into() };
+        refused_for(Refusal::PodDiffers { pod, field: "node" }, false)
+    }
+
+    fn refused_for(refusal: Refusal, approved: bool) -> Turn {
         let request = Request {
             name: "csrd-0".into(),
             uid: "uid".into(),
             version: "7".into(),
             node: "n1".into(),
             approved,
+            looked_twice: false,
             traceparent: None,
-            asked: Err(Refusal::Expiration),
+            asked: Err(refusal),
         };
         Turn { request: Box::new(request), failures: 0 }
+    }
+
+    fn answered() -> Value {
+        json!({"metadata": {}, "spec": {"request": "", "signerName": ""}})
     }
 
     fn status(code: u16, reason: &str, retry_after: u32) -> Value {
@@ -423,8 +441,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_denial_is_one_write_that_names_the_version_it_was_decided_on() {
-        let (answers, sent) =
-            answers(StatusCode::OK, json!({"metadata": {}, "spec": {"request": "", "signerName": ""}}));
+        let (answers, sent) = answers(StatusCode::OK, answered());
         assert!(matches!(answers.answer(refused(false)).await, Outcome::Answered));
         let sent = sent.lock().unwrap();
         let [(method, path, patch)] = sent.as_slice() else { panic!("{sent:?}") };
@@ -451,6 +468,19 @@ mod tests {
             let Outcome::Again(at, request) = outcome(code, "", seconds).await else { panic!("{code}") };
             assert!(at - before >= Duration::from_secs(seconds.into()).max(Duration::from_millis(200)), "{code}");
             assert_eq!((request.version.as_str(), request.approved), ("7", false));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_may_be_early_is_looked_at_twice_whatever_failed_before() {
+        for failures in [0, 1, 5] {
+            let (answers, sent) = answers(StatusCode::OK, answered());
+            let turn = Turn { failures, ..refused_by_the_watched() };
+            let Outcome::Again(at, request) = answers.answer(turn).await else { panic!("after {failures}") };
+            assert_eq!((at - Instant::now(), sent.lock().unwrap().len()), (SECOND_LOOK, 0), "after {failures}");
+            let outcome = answers.answer(Turn { request, failures: failures + 1 }).await;
+            assert!(matches!(outcome, Outcome::Answered), "after {failures}: {outcome:?}");
+            assert_eq!(sent.lock().unwrap().len(), 1);
         }
     }
 

@@ -81,6 +81,8 @@ enum AnswerError {
     Timeout,
     #[error("pod {0} is there, but the watch has not told of it yet")]
     Late(PodName),
+    #[error("it would be refused by what is known, which is not all: {0}")]
+    Behind(String),
     #[error("the signer did not sign")]
     Sign(#[from] SignError),
     #[error("no root is published yet")]
@@ -138,11 +140,15 @@ impl Answers {
         };
         match verdict {
             Ok((approval, workload)) => self.allow(request, approval, &workload).await?,
-            Err(Refused { refusal, .. }) if refusal.may_be_early() && !request.looked_twice => {
-                request.looked_twice = true;
-                return Ok(false);
+            Err(refused) => {
+                if refused.refusal.may_be_early() {
+                    if !std::mem::replace(&mut request.looked_twice, true) {
+                        return Ok(false);
+                    }
+                    self.pods.ready().map_err(AnswerError::Behind)?;
+                }
+                self.refuse(request, refused).await?;
             }
-            Err(refused) => self.refuse(request, refused).await?,
         }
         Ok(true)
     }
@@ -348,6 +354,7 @@ impl AnswerError {
             Self::Api(_) => "API_REFUSED",
             Self::Timeout => "API_TIMEOUT",
             Self::Late(_) => "POD_LATE",
+            Self::Behind(_) => "WATCH_BEHIND",
             Self::Sign(error) => error.reason(),
             Self::NotPublished | Self::Unpublished(_) => "ROOT_NOT_PUBLISHED",
         }
@@ -475,6 +482,7 @@ mod tests {
     async fn what_may_be_early_is_looked_at_twice_whatever_failed_before() {
         for failures in [0, 1, 5] {
             let (answers, sent) = answers(StatusCode::OK, answered());
+            answers.pods.list_for_test(Vec::new());
             let turn = Turn { failures, ..refused_by_the_watched() };
             let Outcome::Again(at, request) = answers.answer(turn).await else { panic!("after {failures}") };
             assert_eq!((at - Instant::now(), sent.lock().unwrap().len()), (SECOND_LOOK, 0), "after {failures}");
@@ -482,6 +490,23 @@ mod tests {
             assert!(matches!(outcome, Outcome::Answered), "after {failures}: {outcome:?}");
             assert_eq!(sent.lock().unwrap().len(), 1);
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_denied_by_what_is_watched_while_that_is_not_all_known() {
+        let (answers, sent) = answers(StatusCode::OK, answered());
+        answers.pods.list_for_test(Vec::new());
+        answers.pods.want_services(true);
+        let mut turn = refused_by_the_watched();
+        for failures in 0..9 {
+            let Outcome::Again(_, request) = answers.answer(turn).await else { panic!("after {failures}") };
+            turn = Turn { request, failures };
+        }
+        assert_eq!(sent.lock().unwrap().len(), 0);
+        assert!(matches!(answers.answer(refused(false)).await, Outcome::Answered), "what rests on nothing watched");
+        answers.pods.want_services(false);
+        assert!(matches!(answers.answer(turn).await, Outcome::Answered));
+        assert_eq!(sent.lock().unwrap().len(), 2);
     }
 
     #[tokio::test(start_paused = true)]

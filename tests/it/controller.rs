@@ -28,7 +28,7 @@ use opentelemetry_proto::tonic::trace::v1::Span;
 use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
 
-use self::deployment::{Answer, Deployment, NEVER, make, pkcs10_of};
+use self::deployment::{Answer, Deployment, NEVER, make, pkcs10, pkcs10_of};
 use crate::{
     cluster::{Identity, unique},
     telemetry::{Collector, Received},
@@ -75,6 +75,25 @@ async fn what_an_agent_asks_within_policy_is_approved_and_signed_by_the_publishe
     let bundles: Api<ClusterTrustBundle> = Api::all(deployment.admin.clone());
     let bundle = bundles.get(&format!("{}:csrd", deployment.signer.replace('/', ":"))).await.unwrap();
     assert_eq!(bundle.spec.trust_bundle, roots);
+}
+
+#[tokio::test]
+async fn the_name_of_its_service_is_a_pods_as_soon_as_a_policy_says_so() {
+    let Some(deployment) = Deployment::new().await else { return };
+    let _controller = deployment.controller("").await;
+    let work = &deployment.work;
+    let agent = deployment.agent(0).await;
+    let pod = deployment.cluster.pod(work, "api", &deployment.nodes[0], "web", &[("app", "api")]).await;
+    deployment.cluster.service(work, "api", &[("app", "api")]).await;
+    signed(deployment.ask(&agent, deployment.request(&pod)).await);
+    deployment.policy(json!({"dnsNames": ["{kubernetes.service}.{kubernetes.namespace}.svc"]})).await;
+    let named = |service: &str| {
+        let mut request = deployment.request(&pod);
+        request["spec"]["request"] = json!(pkcs10(&format!("{service}.{work}.svc")));
+        request
+    };
+    signed(deployment.ask(&agent, named("api")).await);
+    denied(deployment.ask(&agent, named("db")).await, "NAME_NOT_ALLOWED", "matches none of its entries");
 }
 
 /// The controller does not count on it; what gets past it, `stolen_token` shows.

@@ -45,6 +45,7 @@ pub use self::{
 use crate::{
     attest::pods::Pods,
     clock::Clock,
+    kubernetes::Lag,
     metrics::{self, Metrics},
     policy::{PolicySet, watch::Examined},
     rate::Rate,
@@ -85,6 +86,8 @@ pub struct Parts {
     pub pods: Pods,
     /// Policies in force.
     pub policies: watch::Receiver<Arc<PolicySet>>,
+    /// Whether those may be old.
+    pub policies_lag: Lag,
     /// What became of each policy, for its status.
     pub examined: watch::Receiver<BTreeMap<String, Examined>>,
     /// Wall clock.
@@ -146,6 +149,7 @@ impl Parts {
             },
             pods: self.pods.clone(),
             policies: self.policies.clone(),
+            policies_lag: self.policies_lag.clone(),
             signer: signer.clone(),
             published: published.clone(),
             denials: Denials::new(self.client.clone(), &self.identity),

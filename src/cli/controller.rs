@@ -59,6 +59,7 @@ async fn start(config: config::controller::Controller, stop: CancellationToken) 
     let pods = Pods::new(Scope::Cluster, clock.clone());
     let policies = ClusterPolicies::new(client.clone(), metrics.clone());
     let (read, examined, mut listed) = (policies.subscribe(), policies.problems(), policies.synced());
+    let policies_lag = policies.lag();
     let (put, in_force) = watch::channel(Arc::default());
     let mut tasks = Tasks::new(stop.clone());
     if let Some(address) = config.admin {
@@ -82,6 +83,7 @@ async fn start(config: config::controller::Controller, stop: CancellationToken) 
         per_node: config.per_node.into(),
         pods: pods.clone(),
         policies: in_force,
+        policies_lag,
         examined,
         client,
         clock,

@@ -37,7 +37,7 @@ use crate::{
     attest::{Workload, pods::Pods},
     backoff::Backoff,
     clock::Clock,
-    kubernetes::ANSWER_WITHIN,
+    kubernetes::{ANSWER_WITHIN, Lag},
     metrics::{Metrics, SignerMetrics},
     policy::PolicySet,
     signer::{Key, Sign, SignError, SigningRequest},
@@ -63,6 +63,7 @@ pub(super) struct Answers {
     pub(super) rules: Rules,
     pub(super) pods: Pods,
     pub(super) policies: watch::Receiver<Arc<PolicySet>>,
+    pub(super) policies_lag: Lag,
     pub(super) signer: Arc<dyn Sign>,
     /// The roots that everybody who verifies can read by now.
     pub(super) published: watch::Receiver<Option<Arc<Bundle>>>,
@@ -81,7 +82,7 @@ enum AnswerError {
     Timeout,
     #[error("pod {0} is there, but the watch has not told of it yet")]
     Late(PodName),
-    #[error("it would be refused by what is known, which is not all: {0}")]
+    #[error("it would be refused by what is known, which may be old: {0}")]
     Behind(String),
     #[error("the signer did not sign")]
     Sign(#[from] SignError),
@@ -145,12 +146,21 @@ impl Answers {
                     if !std::mem::replace(&mut request.looked_twice, true) {
                         return Ok(false);
                     }
-                    self.pods.ready().map_err(AnswerError::Behind)?;
+                    self.knows_all().map_err(AnswerError::Behind)?;
                 }
                 self.refuse(request, refused).await?;
             }
         }
         Ok(true)
+    }
+
+    /// Whether what is watched is all known, as it is now; an agent may know more, and its caller is told a denial for good.
+    fn knows_all(&self) -> Result<(), String> {
+        self.pods.ready()?;
+        match self.pods.lag().is_over() && self.policies_lag.is_over() {
+            true => Ok(()),
+            false => Err("a watch has failed, and has not had the time to catch up".to_owned()),
+        }
     }
 
     async fn judge(&self, claim: &Claim) -> Result<Result<(Approval, Arc<Workload>), Refused>, AnswerError> {
@@ -403,6 +413,7 @@ mod tests {
             },
             pods: Pods::new(Scope::Cluster, clock.clone()),
             policies: watch::channel(Arc::default()).1,
+            policies_lag: Lag::default(),
             signer: Arc::new(signer),
             published: watch::channel(None).1,
             clock,
@@ -507,6 +518,22 @@ mod tests {
         answers.pods.want_services(false);
         assert!(matches!(answers.answer(turn).await, Outcome::Answered));
         assert_eq!(sent.lock().unwrap().len(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_watch_that_fails_puts_denials_by_it_off_until_it_has_had_time_to_catch_up() {
+        for of_policies in [false, true] {
+            let (answers, sent) = answers(StatusCode::OK, answered());
+            answers.pods.list_for_test(Vec::new());
+            let lag = if of_policies { &answers.policies_lag } else { answers.pods.lag() };
+            let mut turn = refused_by_the_watched();
+            turn.request.looked_twice = true;
+            let wait = lag.backoff().next().unwrap();
+            let Outcome::Again(_, request) = answers.answer(turn).await else { panic!("it is put off") };
+            assert!(sent.lock().unwrap().is_empty());
+            tokio::time::advance(wait + ANSWER_WITHIN).await;
+            assert!(matches!(answers.answer(Turn { request, failures: 1 }).await, Outcome::Answered));
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -139,6 +139,7 @@ impl Parts {
             bundle: signer.bundle(),
             published: publisher,
         };
+        let (nodes, nodes_followed) = kubelet::follow(self.client.clone());
         let answers = Arc::new(Answers {
             client: self.client.clone(),
             rules: Rules {
@@ -150,6 +151,7 @@ impl Parts {
             pods: self.pods.clone(),
             policies: self.policies.clone(),
             policies_lag: self.policies_lag.clone(),
+            nodes,
             signer: signer.clone(),
             published: published.clone(),
             denials: Denials::new(self.client.clone(), &self.identity),
@@ -163,10 +165,15 @@ impl Parts {
                 requests::run(answers, self.per_node).await;
             }
         };
+        let nodes = async {
+            if self.kubelet_serving {
+                nodes_followed.await;
+            }
+        };
         let statuses =
             Statuses::new(self.client.clone(), &self.identity, self.clock.clone(), self.examined.clone()).run();
         // The term ends by being dropped.
-        tokio::join!(signer.run(CancellationToken::new()), publication.run(), requests, statuses);
+        tokio::join!(signer.run(CancellationToken::new()), publication.run(), requests, nodes, statuses);
     }
 
     async fn open(&self) -> Result<Embedded, EmbeddedError> {

@@ -8,6 +8,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use futures_util::FutureExt as _;
 use k8s_openapi::{
     ByteString,
     api::{
@@ -19,6 +20,7 @@ use kube::{
     Api, Client,
     api::{Patch, PatchParams, PostParams},
     core::Status,
+    runtime::reflector::Store,
 };
 use serde_json::json;
 use tokio::{
@@ -64,6 +66,8 @@ pub(super) struct Answers {
     pub(super) pods: Pods,
     pub(super) policies: watch::Receiver<Arc<PolicySet>>,
     pub(super) policies_lag: Lag,
+    /// With their addresses, where kubelets' requests are answered.
+    pub(super) nodes: Store<Node>,
     pub(super) signer: Arc<dyn Sign>,
     /// The roots that everybody who verifies can read by now.
     pub(super) published: watch::Receiver<Option<Arc<Bundle>>>,
@@ -84,6 +88,8 @@ enum AnswerError {
     Late(PodName),
     #[error("it would be refused by what is known, which may be old: {0}")]
     Behind(String),
+    #[error("Nodes have not been listed yet, by which it is known whose an address is")]
+    Nodes,
     #[error("the signer did not sign")]
     Sign(#[from] SignError),
     #[error("no root is published yet")]
@@ -183,8 +189,11 @@ impl Answers {
 
     async fn judge_kubelet(&self, kubelet: &Kubelet) -> Result<Result<(), kubelet::Refusal>, AnswerError> {
         let node = within(Api::<Node>::all(self.client.clone()).get_opt(&kubelet.node)).await?;
+        if !matches!(self.nodes.wait_until_ready().now_or_never(), Some(Ok(()))) {
+            return Err(AnswerError::Nodes);
+        }
         Ok(match node {
-            Some(node) => kubelet.judge(&node.status.and_then(|status| status.addresses).unwrap_or_default()),
+            Some(node) => kubelet.judge(kubelet::addresses(&node), &self.nodes.state()),
             None => Err(kubelet::Refusal::NodeGone { node: kubelet.node.clone() }),
         })
     }
@@ -365,6 +374,7 @@ impl AnswerError {
             Self::Timeout => "API_TIMEOUT",
             Self::Late(_) => "POD_LATE",
             Self::Behind(_) => "WATCH_BEHIND",
+            Self::Nodes => "NODES_LATE",
             Self::Sign(error) => error.reason(),
             Self::NotPublished | Self::Unpublished(_) => "ROOT_NOT_PUBLISHED",
         }
@@ -377,7 +387,7 @@ mod tests {
 
     use http::{Method, Response, StatusCode};
     use http_body_util::Full;
-    use kube::client::Body;
+    use kube::{client::Body, runtime::reflector};
     use serde_json::Value;
 
     use super::*;
@@ -414,6 +424,7 @@ mod tests {
             pods: Pods::new(Scope::Cluster, clock.clone()),
             policies: watch::channel(Arc::default()).1,
             policies_lag: Lag::default(),
+            nodes: reflector::store().0,
             signer: Arc::new(signer),
             published: watch::channel(None).1,
             clock,

@@ -208,8 +208,13 @@ async fn a_kubelets_own_serving_certificate_is_approved_where_the_controller_is_
     deployment.let_approve(signer).await;
     let node = &deployment.nodes[0];
     let nodes: Api<Node> = Api::all(deployment.admin.clone());
-    let addresses = json!({"status": {"addresses": [{"type": "InternalDNS", "address": "n1.example.org"}]}});
-    nodes.patch_status(node, &PatchParams::default(), &Patch::Merge(&addresses)).await.unwrap();
+    let (own, others) = (format!("{node}.example.org"), format!("{}.example.org", deployment.nodes[1]));
+    // As the kubelet of the first would write it, to have the other's certificate.
+    for (node, names) in [(node, vec![&own, &others]), (&deployment.nodes[1], vec![&others])] {
+        let addresses: Vec<_> = names.iter().map(|name| json!({"type": "InternalDNS", "address": name})).collect();
+        let addresses = json!({"status": {"addresses": addresses}});
+        nodes.patch_status(node, &PatchParams::default(), &Patch::Merge(&addresses)).await.unwrap();
+    }
     let user = format!("system:node:{node}");
     let kubelet = deployment.cluster.access.client(&deployment.cluster.user(&user, Some("system:nodes"))).await;
     let request = |name: &str| {
@@ -219,14 +224,16 @@ async fn a_kubelets_own_serving_certificate_is_approved_where_the_controller_is_
             "usages": ["digital signature", "server auth"],
         }})
     };
-    let left = make(&deployment.admin, request("n1.example.org")).await.unwrap();
+    let left = make(&deployment.admin, request(&own)).await.unwrap();
     let _controller = deployment.controller("kubeletServing: true").await;
-    let Answer::Signed { approval, .. } = deployment.ask(&kubelet, request("n1.example.org")).await else {
+    let Answer::Signed { approval, .. } = deployment.ask(&kubelet, request(&own)).await else {
         panic!("it is not signed")
     };
     assert_eq!(approval.reason.as_deref(), Some("NODES_OWN_ADDRESSES"));
     let words = "\"kubernetes.default.svc\" is no address of Node";
     denied(deployment.ask(&kubelet, request("kubernetes.default.svc")).await, "NAME_NOT_ALLOWED", words);
+    let words = format!("{others:?} is an address of Node {} too", deployment.nodes[1]);
+    denied(deployment.ask(&kubelet, request(&others)).await, "NAME_NOT_ALLOWED", &words);
     let requests: Api<Request> = Api::all(deployment.admin.clone());
     let now = requests.get(&left.name_any()).await.unwrap();
     assert_eq!(now.resource_version(), left.resource_version(), "it was made by no node");

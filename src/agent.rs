@@ -231,10 +231,10 @@ fn attestor(cluster: Option<Cluster>) -> io::Result<Attestor> {
     Ok(attestor)
 }
 
-/// Puts each set of policies in force before anybody can be refused for a fact that it asks for and that has only not been
-/// read yet. No pod is told before all facts of the first set are there, so that one is in force at once; a later one waits
-/// for its facts under the set before it.
-async fn put_in_force(
+/// Puts each set of policies in force, in an agent or a controller, before anybody can be judged without a fact that it asks
+/// for and that has only not been read yet. No pod is told before all facts of the first set are there, so that one is in
+/// force at once; a later one waits for its facts under the set before it.
+pub(crate) async fn put_in_force(
     mut read: watch::Receiver<Arc<PolicySet>>,
     mut synced: watch::Receiver<bool>,
     in_force: watch::Sender<Arc<PolicySet>>,

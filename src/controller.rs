@@ -45,6 +45,7 @@ pub use self::{
 use crate::{
     attest::pods::Pods,
     clock::Clock,
+    kubernetes::Lag,
     metrics::{self, Metrics},
     policy::{PolicySet, watch::Examined},
     rate::Rate,
@@ -85,6 +86,8 @@ pub struct Parts {
     pub pods: Pods,
     /// Policies in force.
     pub policies: watch::Receiver<Arc<PolicySet>>,
+    /// Whether those may be old.
+    pub policies_lag: Lag,
     /// What became of each policy, for its status.
     pub examined: watch::Receiver<BTreeMap<String, Examined>>,
     /// Wall clock.
@@ -136,6 +139,7 @@ impl Parts {
             bundle: signer.bundle(),
             published: publisher,
         };
+        let (nodes, nodes_followed) = kubelet::follow(self.client.clone());
         let answers = Arc::new(Answers {
             client: self.client.clone(),
             rules: Rules {
@@ -146,6 +150,8 @@ impl Parts {
             },
             pods: self.pods.clone(),
             policies: self.policies.clone(),
+            policies_lag: self.policies_lag.clone(),
+            nodes,
             signer: signer.clone(),
             published: published.clone(),
             denials: Denials::new(self.client.clone(), &self.identity),
@@ -159,10 +165,15 @@ impl Parts {
                 requests::run(answers, self.per_node).await;
             }
         };
+        let nodes = async {
+            if self.kubelet_serving {
+                nodes_followed.await;
+            }
+        };
         let statuses =
             Statuses::new(self.client.clone(), &self.identity, self.clock.clone(), self.examined.clone()).run();
         // The term ends by being dropped.
-        tokio::join!(signer.run(CancellationToken::new()), publication.run(), requests, statuses);
+        tokio::join!(signer.run(CancellationToken::new()), publication.run(), requests, nodes, statuses);
     }
 
     async fn open(&self) -> Result<Embedded, EmbeddedError> {

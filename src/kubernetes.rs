@@ -7,6 +7,7 @@ mod trace;
 
 use std::{
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
@@ -105,6 +106,29 @@ pub const WATCH_HELD: Duration = Duration::from_secs(60);
 pub struct WatchBackoff {
     failures: u32,
     failed_at: Option<Instant>,
+    lag: Lag,
+}
+
+/// Until when watches may be behind: clones share it. A watch in which nothing changes tells nothing, so nobody knows when
+/// one that failed has caught up. It has the wait before its next try for that, and [`ANSWER_WITHIN`]; what is known is not
+/// held to be old for longer, unless the next try fails too.
+#[derive(Clone, Debug, Default)]
+pub struct Lag(Arc<Mutex<Option<Instant>>>);
+
+impl Lag {
+    /// The waits of one more watch.
+    pub fn backoff(&self) -> WatchBackoff {
+        WatchBackoff { lag: self.clone(), ..WatchBackoff::default() }
+    }
+
+    /// Whether no watch may be behind.
+    pub fn is_over(&self) -> bool {
+        self.until().is_none_or(|until| until <= Instant::now())
+    }
+
+    fn until(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.0.lock().expect("no code panics while it holds the lag")
+    }
 }
 
 impl Iterator for WatchBackoff {
@@ -114,7 +138,10 @@ impl Iterator for WatchBackoff {
         let now = Instant::now();
         let held = self.failed_at.replace(now).is_none_or(|before| now - before > WATCH_HELD);
         self.failures = if held { 1 } else { self.failures.saturating_add(1) };
-        Some(RETRY.delay(self.failures, &mut rand::rng()))
+        let wait = RETRY.delay(self.failures, &mut rand::rng());
+        let mut until = self.lag.until();
+        *until = (*until).max(Some(now + wait + ANSWER_WITHIN));
+        Some(wait)
     }
 }
 
@@ -311,6 +338,19 @@ mod tests {
         assert!(wait() >= longest / 2);
         tokio::time::advance(WATCH_HELD + Duration::from_millis(1)).await;
         assert!(wait() <= Duration::from_millis(500));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn watches_may_be_behind_until_the_last_that_failed_has_had_its_time() {
+        let lag = Lag::default();
+        let (mut first, mut second) = (lag.backoff(), lag.backoff());
+        assert!(lag.is_over());
+        let long = (0..9).filter_map(|_| first.next()).max().unwrap();
+        assert!(second.next().unwrap() < long);
+        tokio::time::advance(long + ANSWER_WITHIN - Duration::from_millis(1)).await;
+        assert!(!lag.is_over());
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert!(lag.is_over());
     }
 
     #[test]

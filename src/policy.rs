@@ -255,7 +255,10 @@ impl Denial {
         let text = match (policy, refused.is_empty()) {
             // An unknown policy and one for somebody else read the same.
             (Some(name), true) => format!("no policy named {} matches {facts}", shown(name)),
-            (None, true) => format!("no policy matches {facts}; csrd whoami says why for each of them"),
+            (None, true) => {
+                let each = if let Facts::Pod(_) = facts { "that is for its namespace" } else { "of them" };
+                format!("no policy matches {facts}; csrd whoami says why for each {each}")
+            }
             (_, false) => {
                 let policies = refused.iter().map(|(name, refusals)| {
                     let texts: Vec<_> = refusals.iter().map(|refusal| refusal.text.as_str()).collect();
@@ -792,6 +795,22 @@ mod tests {
         }
     }
 
+    #[test]
+    fn of_policies_for_other_namespaces_a_pod_hears_nothing() {
+        let of = |name: &str, clauses: &str| of_pods(name, "").replace("namespaces: [production]", clauses);
+        let policies = set(&[
+            of("account", "namespaces: [production], serviceAccounts: [db]"),
+            of("bank", "namespaces: [bank]"),
+            of("everywhere", "namespaceSelector: {}, podSelector: {matchLabels: {app: db}}"),
+            of("gold", "namespaces: [production], namespaceSelector: {matchLabels: {tenant: gold}}"),
+        ]
+        .concat());
+        let seen = |workload| views(&policies, workload).into_iter().map(|view| view.policy).collect::<Vec<_>>();
+        let mine = Workload::of_pod(PodFacts { namespace_labels: BTreeMap::new(), ..pod() });
+        assert_eq!(seen(&mine), ["account", "everywhere"]);
+        assert_eq!(seen(&web()), [""; 0], "a process is in no namespace");
+    }
+
     /// A policy named `name` for pods of namespace `production`; `spec` lines are indented by two spaces.
     fn of_pods(name: &str, spec: &str) -> String {
         policy(name, spec).replace("unix: {uids: [1000]}", "kubernetes: {namespaces: [production]}")
@@ -841,7 +860,7 @@ mod tests {
         let other = PodFacts { labels: BTreeMap::new(), ..pod() };
         assert!(why(other, "dns=web.production.svc").contains("cannot be evaluated: No such key: app"));
         let elsewhere = PodFacts { namespace: "test".to_owned(), ..pod() };
-        let expected = "no policy matches pod test/web-0 (ServiceAccount web); csrd whoami says why for each of them";
+        let expected = "no policy matches pod test/web-0 (ServiceAccount web); csrd whoami says why for each that is for its namespace";
         assert_eq!(why(elsewhere, "dns=web.test.svc"), expected);
         denied(&policies, &ask("dns=web.production.svc"), "NO_POLICY_MATCHES");
     }

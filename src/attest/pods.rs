@@ -37,7 +37,7 @@ use self::{
 #[cfg(any(test, feature = "testing"))]
 use super::PodFacts;
 use super::{AttestError, Workload, cgroup::InPod, shares::Shares};
-use crate::clock::Clock;
+use crate::{clock::Clock, kubernetes::Lag};
 
 /// Objects read at a time. Each may have 1.5 MB, whoever made it, and is held more than once before it is cut down to what
 /// is used of it.
@@ -72,6 +72,7 @@ struct Shared {
     /// Grows with every change of a fact, and when all has been listed.
     generation: watch::Sender<u64>,
     services: watch::Sender<bool>,
+    lag: Lag,
     waiting: Semaphore,
     shares: Shares,
 }
@@ -85,6 +86,7 @@ impl Pods {
             state: Mutex::default(),
             generation: watch::Sender::new(0),
             services: watch::Sender::new(false),
+            lag: Lag::default(),
             waiting: Semaphore::new(MAX_WAITING),
             shares: Shares::new(MAX_WAITING_PER_POD),
         }))
@@ -130,6 +132,11 @@ impl Pods {
         self.lock().ready()
     }
 
+    /// Whether what is told of pods may be old.
+    pub fn lag(&self) -> &Lag {
+        &self.0.lag
+    }
+
     /// Tells of every change of a live pod's facts.
     pub fn changed(&self) -> watch::Receiver<u64> {
         self.0.generation.subscribe()
@@ -160,13 +167,15 @@ impl Pods {
             },
             Scope::Cluster => watcher::Config::default().page_size(PAGE),
         };
-        let pods = follow(Api::<pod::Pod>::all(client.clone()), config, state::read_pod, |change| {
+        let lag = self.lag();
+        let pods = follow(Api::<pod::Pod>::all(client.clone()), config, lag.backoff(), state::read_pod, |change| {
             self.apply(|state| state.pods(change))
         });
         let namespaces = Api::<PartialObjectMeta<Namespace>>::all(client.clone());
-        let namespaces = follow(namespaces, watcher::Config::default(), state::read_namespace, |change| {
-            self.apply(|state| state.namespaces(change))
-        });
+        let namespaces =
+            follow(namespaces, watcher::Config::default(), lag.backoff(), state::read_namespace, |change| {
+                self.apply(|state| state.namespaces(change))
+            });
         let all = async { tokio::join!(pods, namespaces, self.follow_services(client)) };
         stop.run_until_cancelled(all).await;
     }
@@ -176,14 +185,15 @@ impl Pods {
         let mut wanted = self.0.services.subscribe();
         loop {
             let _ = wanted.wait_for(|wanted| *wanted).await;
+            let (lag, paged) = (self.lag(), watcher::Config::default().page_size(PAGE));
             let services = Api::<Service>::all(client.clone());
-            let services =
-                follow(services, watcher::Config::default().page_size(PAGE), services::read_service, |change| {
-                    self.apply(|state| state.services(|services| services.services(change)))
-                });
+            let services = follow(services, paged.clone(), lag.backoff(), services::read_service, |change| {
+                self.apply(|state| state.services(|services| services.services(change)))
+            });
             // Those of Services with a selector say nothing that the selector does not, and are most of them.
-            let by_hand = watcher::Config::default().labels(services::NOT_BY_SELECTOR).page_size(PAGE);
-            let slices = follow(Api::<EndpointSlice>::all(client.clone()), by_hand, services::read_slice, |change| {
+            let by_hand = paged.labels(services::NOT_BY_SELECTOR);
+            let slices = Api::<EndpointSlice>::all(client.clone());
+            let slices = follow(slices, by_hand, lag.backoff(), services::read_slice, |change| {
                 self.apply(|state| state.services(|services| services.slices(change)))
             });
             tokio::select! {

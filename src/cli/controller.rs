@@ -11,13 +11,14 @@ use super::{
     agent::{Signals, start_telemetry},
 };
 use crate::{
+    agent::put_in_force,
     attest::pods::{Pods, Scope},
     clock::Clock,
     config,
     controller::{Parts, STOP_WITHIN},
     kubernetes,
     metrics::Metrics,
-    policy::{PolicySet, watch::ClusterPolicies},
+    policy::watch::ClusterPolicies,
     server::admin::{Admin, Readiness},
     tasks::Tasks,
 };
@@ -57,7 +58,9 @@ async fn start(config: config::controller::Controller, stop: CancellationToken) 
     let (clock, metrics, readiness) = (Clock::system(), Metrics::new(), Readiness::new());
     let pods = Pods::new(Scope::Cluster, clock.clone());
     let policies = ClusterPolicies::new(client.clone(), metrics.clone());
-    let (in_force, examined, mut listed) = (policies.subscribe(), policies.problems(), policies.synced());
+    let (read, examined, mut listed) = (policies.subscribe(), policies.problems(), policies.synced());
+    let policies_lag = policies.lag();
+    let (put, in_force) = watch::channel(Arc::default());
     let mut tasks = Tasks::new(stop.clone());
     if let Some(address) = config.admin {
         let listener = TcpListener::bind(address).await;
@@ -67,7 +70,7 @@ async fn start(config: config::controller::Controller, stop: CancellationToken) 
     }
     tasks.spawn("pods", pods.clone().run(client.clone(), stop.clone()));
     tasks.spawn("policies", policies.run(stop.clone()));
-    tasks.spawn("services", follow_services(in_force.clone(), listed.clone(), pods.clone(), stop.clone()));
+    tasks.spawn("policies in force", put_in_force(read, listed.clone(), put, pods.clone(), stop.clone()));
     let parts = Parts {
         identity: identity(),
         signer: config.signer,
@@ -80,6 +83,7 @@ async fn start(config: config::controller::Controller, stop: CancellationToken) 
         per_node: config.per_node.into(),
         pods: pods.clone(),
         policies: in_force,
+        policies_lag,
         examined,
         client,
         clock,
@@ -102,25 +106,6 @@ async fn start(config: config::controller::Controller, stop: CancellationToken) 
         }
     });
     Ok(tasks)
-}
-
-/// Tells `pods` whether the policies in force look at Services.
-async fn follow_services(
-    mut policies: watch::Receiver<Arc<PolicySet>>,
-    mut listed: watch::Receiver<bool>,
-    pods: Pods,
-    stop: CancellationToken,
-) {
-    let follow = async {
-        let _ = listed.wait_for(|listed| *listed).await;
-        loop {
-            pods.want_services(policies.borrow_and_update().needs_services());
-            if policies.changed().await.is_err() {
-                return stop.cancelled().await;
-            }
-        }
-    };
-    stop.run_until_cancelled(follow).await;
 }
 
 /// The host's name, which in a pod is the pod's, and something that no other replica had.

@@ -8,6 +8,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use futures_util::FutureExt as _;
 use k8s_openapi::{
     ByteString,
     api::{
@@ -19,6 +20,7 @@ use kube::{
     Api, Client,
     api::{Patch, PatchParams, PostParams},
     core::Status,
+    runtime::reflector::Store,
 };
 use serde_json::json;
 use tokio::{
@@ -37,7 +39,7 @@ use crate::{
     attest::{Workload, pods::Pods},
     backoff::Backoff,
     clock::Clock,
-    kubernetes::ANSWER_WITHIN,
+    kubernetes::{ANSWER_WITHIN, Lag},
     metrics::{Metrics, SignerMetrics},
     policy::PolicySet,
     signer::{Key, Sign, SignError, SigningRequest},
@@ -63,6 +65,9 @@ pub(super) struct Answers {
     pub(super) rules: Rules,
     pub(super) pods: Pods,
     pub(super) policies: watch::Receiver<Arc<PolicySet>>,
+    pub(super) policies_lag: Lag,
+    /// With their addresses, where kubelets' requests are answered.
+    pub(super) nodes: Store<Node>,
     pub(super) signer: Arc<dyn Sign>,
     /// The roots that everybody who verifies can read by now.
     pub(super) published: watch::Receiver<Option<Arc<Bundle>>>,
@@ -81,6 +86,10 @@ enum AnswerError {
     Timeout,
     #[error("pod {0} is there, but the watch has not told of it yet")]
     Late(PodName),
+    #[error("it would be refused by what is known, which may be old: {0}")]
+    Behind(String),
+    #[error("Nodes have not been listed yet, by which it is known whose an address is")]
+    Nodes,
     #[error("the signer did not sign")]
     Sign(#[from] SignError),
     #[error("no root is published yet")]
@@ -106,7 +115,7 @@ impl Answers {
     pub(super) async fn answer(&self, turn: Turn) -> Outcome {
         let Turn { mut request, failures } = turn;
         let span = telemetry::verdict_span(request.traceparent.as_deref());
-        match self.try_answer(&mut request, failures).instrument(span).await {
+        match self.try_answer(&mut request).instrument(span).await {
             Ok(true) => Outcome::Answered,
             Ok(false) => Outcome::Again(Instant::now() + SECOND_LOOK, request),
             Err(AnswerError::Api(error)) if is(&error, Status::is_not_found) => Outcome::Answered,
@@ -124,7 +133,7 @@ impl Answers {
     }
 
     /// False for a refusal that is to be looked at again.
-    async fn try_answer(&self, request: &mut Request, failures: u32) -> Result<bool, AnswerError> {
+    async fn try_answer(&self, request: &mut Request) -> Result<bool, AnswerError> {
         let verdict = match &request.asked {
             Ok(Asked::Pod(claim)) => self.judge(claim).await?,
             Ok(Asked::Kubelet(kubelet)) => match self.judge_kubelet(kubelet).await? {
@@ -138,10 +147,26 @@ impl Answers {
         };
         match verdict {
             Ok((approval, workload)) => self.allow(request, approval, &workload).await?,
-            Err(Refused { refusal, .. }) if refusal.may_be_early() && failures == 0 => return Ok(false),
-            Err(refused) => self.refuse(request, refused).await?,
+            Err(refused) => {
+                if refused.refusal.may_be_early() {
+                    if !std::mem::replace(&mut request.looked_twice, true) {
+                        return Ok(false);
+                    }
+                    self.knows_all().map_err(AnswerError::Behind)?;
+                }
+                self.refuse(request, refused).await?;
+            }
         }
         Ok(true)
+    }
+
+    /// Whether what is watched is all known, as it is now; an agent may know more, and its caller is told a denial for good.
+    fn knows_all(&self) -> Result<(), String> {
+        self.pods.ready()?;
+        match self.pods.lag().is_over() && self.policies_lag.is_over() {
+            true => Ok(()),
+            false => Err("a watch has failed, and has not had the time to catch up".to_owned()),
+        }
     }
 
     async fn judge(&self, claim: &Claim) -> Result<Result<(Approval, Arc<Workload>), Refused>, AnswerError> {
@@ -164,8 +189,11 @@ impl Answers {
 
     async fn judge_kubelet(&self, kubelet: &Kubelet) -> Result<Result<(), kubelet::Refusal>, AnswerError> {
         let node = within(Api::<Node>::all(self.client.clone()).get_opt(&kubelet.node)).await?;
+        if !matches!(self.nodes.wait_until_ready().now_or_never(), Some(Ok(()))) {
+            return Err(AnswerError::Nodes);
+        }
         Ok(match node {
-            Some(node) => kubelet.judge(&node.status.and_then(|status| status.addresses).unwrap_or_default()),
+            Some(node) => kubelet.judge(kubelet::addresses(&node), &self.nodes.state()),
             None => Err(kubelet::Refusal::NodeGone { node: kubelet.node.clone() }),
         })
     }
@@ -345,6 +373,8 @@ impl AnswerError {
             Self::Api(_) => "API_REFUSED",
             Self::Timeout => "API_TIMEOUT",
             Self::Late(_) => "POD_LATE",
+            Self::Behind(_) => "WATCH_BEHIND",
+            Self::Nodes => "NODES_LATE",
             Self::Sign(error) => error.reason(),
             Self::NotPublished | Self::Unpublished(_) => "ROOT_NOT_PUBLISHED",
         }
@@ -357,7 +387,7 @@ mod tests {
 
     use http::{Method, Response, StatusCode};
     use http_body_util::Full;
-    use kube::client::Body;
+    use kube::{client::Body, runtime::reflector};
     use serde_json::Value;
 
     use super::*;
@@ -393,6 +423,8 @@ mod tests {
             },
             pods: Pods::new(Scope::Cluster, clock.clone()),
             policies: watch::channel(Arc::default()).1,
+            policies_lag: Lag::default(),
+            nodes: reflector::store().0,
             signer: Arc::new(signer),
             published: watch::channel(None).1,
             clock,
@@ -404,16 +436,31 @@ mod tests {
 
     /// A request that is refused without a look at any pod.
     fn refused(approved: bool) -> Turn {
+        refused_for(Refusal::Expiration, approved)
+    }
+
+    /// As if judged by what is watched.
+    fn refused_by_the_watched() -> Turn {
+        let pod = PodName { namespace: "a".into(), name: "b".into(), uid: "c".into() };
+        refused_for(Refusal::PodDiffers { pod, field: "node" }, false)
+    }
+
+    fn refused_for(refusal: Refusal, approved: bool) -> Turn {
         let request = Request {
             name: "csrd-0".into(),
             uid: "uid".into(),
             version: "7".into(),
             node: "n1".into(),
             approved,
+            looked_twice: false,
             traceparent: None,
-            asked: Err(Refusal::Expiration),
+            asked: Err(refusal),
         };
         Turn { request: Box::new(request), failures: 0 }
+    }
+
+    fn answered() -> Value {
+        json!({"metadata": {}, "spec": {"request": "", "signerName": ""}})
     }
 
     fn status(code: u16, reason: &str, retry_after: u32) -> Value {
@@ -423,8 +470,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_denial_is_one_write_that_names_the_version_it_was_decided_on() {
-        let (answers, sent) =
-            answers(StatusCode::OK, json!({"metadata": {}, "spec": {"request": "", "signerName": ""}}));
+        let (answers, sent) = answers(StatusCode::OK, answered());
         assert!(matches!(answers.answer(refused(false)).await, Outcome::Answered));
         let sent = sent.lock().unwrap();
         let [(method, path, patch)] = sent.as_slice() else { panic!("{sent:?}") };
@@ -451,6 +497,53 @@ mod tests {
             let Outcome::Again(at, request) = outcome(code, "", seconds).await else { panic!("{code}") };
             assert!(at - before >= Duration::from_secs(seconds.into()).max(Duration::from_millis(200)), "{code}");
             assert_eq!((request.version.as_str(), request.approved), ("7", false));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_may_be_early_is_looked_at_twice_whatever_failed_before() {
+        for failures in [0, 1, 5] {
+            let (answers, sent) = answers(StatusCode::OK, answered());
+            answers.pods.list_for_test(Vec::new());
+            let turn = Turn { failures, ..refused_by_the_watched() };
+            let Outcome::Again(at, request) = answers.answer(turn).await else { panic!("after {failures}") };
+            assert_eq!((at - Instant::now(), sent.lock().unwrap().len()), (SECOND_LOOK, 0), "after {failures}");
+            let outcome = answers.answer(Turn { request, failures: failures + 1 }).await;
+            assert!(matches!(outcome, Outcome::Answered), "after {failures}: {outcome:?}");
+            assert_eq!(sent.lock().unwrap().len(), 1);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_denied_by_what_is_watched_while_that_is_not_all_known() {
+        let (answers, sent) = answers(StatusCode::OK, answered());
+        answers.pods.list_for_test(Vec::new());
+        answers.pods.want_services(true);
+        let mut turn = refused_by_the_watched();
+        for failures in 0..9 {
+            let Outcome::Again(_, request) = answers.answer(turn).await else { panic!("after {failures}") };
+            turn = Turn { request, failures };
+        }
+        assert_eq!(sent.lock().unwrap().len(), 0);
+        assert!(matches!(answers.answer(refused(false)).await, Outcome::Answered), "what rests on nothing watched");
+        answers.pods.want_services(false);
+        assert!(matches!(answers.answer(turn).await, Outcome::Answered));
+        assert_eq!(sent.lock().unwrap().len(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_watch_that_fails_puts_denials_by_it_off_until_it_has_had_time_to_catch_up() {
+        for of_policies in [false, true] {
+            let (answers, sent) = answers(StatusCode::OK, answered());
+            answers.pods.list_for_test(Vec::new());
+            let lag = if of_policies { &answers.policies_lag } else { answers.pods.lag() };
+            let mut turn = refused_by_the_watched();
+            turn.request.looked_twice = true;
+            let wait = lag.backoff().next().unwrap();
+            let Outcome::Again(_, request) = answers.answer(turn).await else { panic!("it is put off") };
+            assert!(sent.lock().unwrap().is_empty());
+            tokio::time::advance(wait + ANSWER_WITHIN).await;
+            assert!(matches!(answers.answer(Turn { request, failures: 1 }).await, Outcome::Answered));
         }
     }
 

@@ -287,6 +287,7 @@ mod tests {
             version: "1".to_owned(),
             node: node.to_owned(),
             approved: false,
+            looked_twice: false,
             traceparent: None,
             asked: Err(Refusal::Expiration),
         }

@@ -52,6 +52,8 @@ pub(super) struct Request {
     pub(super) node: String,
     /// Approved, by us or by somebody else, and not signed yet.
     pub(super) approved: bool,
+    /// Whether a refusal that [may be early](Refusal::may_be_early) is final now.
+    pub(super) looked_twice: bool,
     /// W3C `traceparent` of the issuance.
     pub(super) traceparent: Option<String>,
     pub(super) asked: Result<Asked, Refusal>,
@@ -135,6 +137,7 @@ pub(super) fn screen(object: CertificateSigningRequest, rules: &Rules) -> Option
         version: metadata.resource_version?,
         node,
         approved,
+        looked_twice: false,
         traceparent: annotations.get(annotation::TRACEPARENT).filter(|it| it.len() <= MAX_ANNOTATION_BYTES).cloned(),
         asked: match kubelet {
             Some(kubelet) => Ok(Asked::Kubelet(kubelet)),

@@ -16,6 +16,7 @@ use crate::{
     attest::{Pods, Workload},
     issue::{self, Credential},
     metrics::Metrics,
+    policy::Grant,
     signer::Stage,
     telemetry::{self, with_causes},
     x509::Bundle,
@@ -28,10 +29,11 @@ struct Flights {
     owners: HashMap<Id, Owner>,
 }
 
-/// Whose a flight is; its entry may be gone when it lands.
+/// Whose a flight is, and for what; its entry may be gone, or granted something else, when it lands.
 struct Owner {
     id: u128,
     principal: u64,
+    grant: Grant,
 }
 
 impl Hub {
@@ -77,9 +79,9 @@ impl Hub {
                 Ok(Some(id)) => {
                     let entry = state.entries.get_mut(&id).expect("only entries that are held are queued");
                     entry.flight = Flight::UnderWay;
-                    let principal = entry.workload.principal();
+                    let (principal, grant) = (entry.workload.principal(), entry.grant.clone());
                     let task = flights.tasks.spawn(self.flight(entry));
-                    flights.owners.insert(task.id(), Owner { id, principal });
+                    flights.owners.insert(task.id(), Owner { id, principal, grant });
                 }
                 Ok(None) => break,
                 Err(until_token) => {
@@ -140,7 +142,7 @@ impl Hub {
                 (lost.id(), Err(HubError::Lost))
             }
         };
-        let Some(Owner { id, principal }) = owners.remove(&task) else { return };
+        let Some(Owner { id, principal, grant }) = owners.remove(&task) else { return };
         let mut state = self.lock();
         state.queue.landed(principal);
         // The roots of now, not of the signing: a change between the two has no event of its own for this entry.
@@ -148,7 +150,7 @@ impl Hub {
             let bundle = self.signer(credential.grant())?.sign.bundle().borrow().clone();
             Ok((credential, bundle))
         });
-        state.landed(id, outcome, self.0.clock.now());
+        state.landed(id, &grant, outcome, self.0.clock.now());
         self.publish_gauges(&state);
     }
 

@@ -273,16 +273,22 @@ impl State {
         }
     }
 
-    /// A flight of `id` has ended: with a certificate and the roots its signer publishes now, or with an error.
-    pub(super) fn landed(&mut self, id: u128, outcome: Result<(Credential, Arc<Bundle>), HubError>, now: SystemTime) {
+    /// A flight of `id` for `flown` has ended: with a certificate and the roots its signer publishes now, or with an error.
+    pub(super) fn landed(
+        &mut self,
+        id: u128,
+        flown: &Grant,
+        outcome: Result<(Credential, Arc<Bundle>), HubError>,
+        now: SystemTime,
+    ) {
         let Some(entry) = self.entries.get_mut(&id) else { return };
         entry.flight = Flight::Idle;
         let sequence = next_sequence(&mut self.sequence, now);
         match outcome {
             // Policy has changed during the flight: this is no longer what the workload may have.
-            Ok((credential, _)) if !same_certificate(credential.grant(), &entry.grant) => {
-                self.enqueue(id, Turn::AskedNow);
-            }
+            Ok(_) if !same_certificate(flown, &entry.grant) => self.enqueue(id, Turn::AskedNow),
+            // Or this no longer what was asked for, and says nothing about what is granted now, lifetime included.
+            Err(_) if *flown != entry.grant => self.enqueue(id, Turn::AskedNow),
             Ok((credential, bundle)) => {
                 entry.failures = 0;
                 if let Some(replaced) = entry.snapshot.borrow().live() {

@@ -302,6 +302,36 @@ async fn a_certificate_that_policy_has_replaced_is_given_to_nobody_new() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_refusal_of_what_policy_has_replaced_meanwhile_is_not_the_callers() {
+    let with = |policy: &str| {
+        let text = format!(
+            "apiVersion: csrd.dev/v1alpha1\nkind: CertificatePolicy\nmetadata: {{name: test}}\n\
+             spec: {{match: {{unix: {{uids: [1]}}}}, {policy}}}\n"
+        );
+        Arc::new(PolicySet::parse(&[Source { origin: "test".into(), text }], EMBEDDED).unwrap())
+    };
+    for (old, new) in [
+        ("offer: [{spiffeId: 'spiffe://example.org/old'}]", "offer: [{spiffeId: 'spiffe://example.org/new'}]"),
+        ("offer: [{dnsNames: [a.b]}], allow: {lifetime: {default: 2h}}", "offer: [{dnsNames: [a.b]}]"),
+    ] {
+        let bench = Bench::new();
+        bench.policies.send_replace(with(old));
+        *bench.signer.delay.lock().unwrap() = Duration::from_secs(2);
+        bench.fail(Some(unavailable()));
+        let whatever = Ask { names: Names::default(), ..ask("a.example.org") };
+        let change = async {
+            sleep(Duration::from_secs(1)).await;
+            bench.policies.send_replace(with(new));
+            sleep(Duration::from_secs(2)).await;
+            bench.fail(None);
+        };
+        let (subscribed, ()) = tokio::join!(bench.hub.subscribe(Arc::new(Workload::of_uid(1)), whatever, None), change);
+        certificate(subscribed.expect(new).next().await);
+        assert_eq!(bench.calls(), 2, "{new}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_credential_is_for_its_owner_even_if_an_upgrade_took_its_programs_path() {
     let bench = Bench::new();
     let subscription = bench.subscribe(1, "a.example.org").await.unwrap();

@@ -1,6 +1,7 @@
 //! The policies as people see them: [`views`] for an attested caller, [`explain`] for facts that nobody attested.
 //!
-//! Invariant: words only. Nothing here makes a `Grant`, and nothing shows what a match section says about anybody else.
+//! Invariant: words only. Nothing here makes a `Grant`, and nothing shows a caller what a match section says about anybody
+//! else, or that there is a policy for pods of other namespaces.
 
 use std::collections::BTreeMap;
 
@@ -28,7 +29,8 @@ pub struct View {
     pub offers: Vec<String>,
 }
 
-/// Every policy in order of name, as the workload may see it: its own facts and what it may have, nothing about others.
+/// Every policy that concerns the workload, in order of name, as it may see it: its own facts and what it may have, nothing
+/// about others.
 pub fn views(policies: &PolicySet, workload: &Workload) -> Vec<View> {
     let facts = workload.facts();
     let view = |policy: &Policy| match policy.whom.mismatch(facts) {
@@ -43,7 +45,7 @@ pub fn views(policies: &PolicySet, workload: &Workload) -> Vec<View> {
             offers: policy.offers.iter().map(|offer| offer_line(policy, offer, facts)).collect(),
         },
     };
-    policies.policies.iter().map(|policy| view(policy)).collect()
+    policies.policies.iter().filter(|policy| policy.whom.concerns(facts)).map(|policy| view(policy)).collect()
 }
 
 /// The verdicts on an ask, for people. Nothing in it entitles to anything.

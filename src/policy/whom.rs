@@ -4,6 +4,8 @@
 //! whoever may create pods chooses their labels and ServiceAccount, so those narrow a match and never make one. All
 //! clauses must hold. A process in a pod is that pod, and no process of the host.
 
+use std::collections::BTreeMap;
+
 use serde_saphyr::Spanned;
 
 use super::{
@@ -56,6 +58,16 @@ impl Whom {
             }
         }
     }
+
+    /// Whether the caller may know of the policy. One about pods is an affair of its namespaces; what it is called and asks
+    /// for would tell the other tenants of a cluster about each other.
+    pub(super) fn concerns(&self, facts: &Facts) -> bool {
+        match (self, facts) {
+            (Self::Processes(_), _) => true,
+            (Self::Pods(pods), Facts::Pod(pod)) => pods.mismatch_of_namespace(pod).is_none(),
+            (Self::Pods(_), Facts::Process(_)) => false,
+        }
+    }
 }
 
 impl UnixMatch {
@@ -94,18 +106,29 @@ impl UnixMatch {
 
 impl KubernetesMatch {
     fn mismatch(&self, pod: &PodFacts) -> Option<String> {
-        let among = |list: &Option<Vec<String>>, value: &String, name: &str, field: &str| {
-            let out = list.as_ref().is_some_and(|list| !list.contains(value));
-            out.then(|| format!("{name} {} is not among its {field}", shown(value)))
-        };
-        let selected = |selector: &Option<Selector>, labels, whose: &str, field: &str| {
-            selector.as_ref().and_then(|selector| selector.mismatch(labels, whose, field))
-        };
-        among(&self.namespaces, &pod.namespace, "namespace", "namespaces")
-            .or_else(|| selected(&self.namespace_selector, &pod.namespace_labels, "namespace", "namespaceSelector"))
+        self.mismatch_of_namespace(pod)
             .or_else(|| among(&self.service_accounts, &pod.service_account, "ServiceAccount", "serviceAccounts"))
             .or_else(|| selected(&self.pod_selector, &pod.labels, "pod", "podSelector"))
     }
+
+    fn mismatch_of_namespace(&self, pod: &PodFacts) -> Option<String> {
+        among(&self.namespaces, &pod.namespace, "namespace", "namespaces")
+            .or_else(|| selected(&self.namespace_selector, &pod.namespace_labels, "namespace", "namespaceSelector"))
+    }
+}
+
+fn among(list: &Option<Vec<String>>, value: &String, name: &str, field: &str) -> Option<String> {
+    let out = list.as_ref().is_some_and(|list| !list.contains(value));
+    out.then(|| format!("{name} {} is not among its {field}", shown(value)))
+}
+
+fn selected(
+    selector: &Option<Selector>,
+    labels: &BTreeMap<String, String>,
+    whose: &str,
+    field: &str,
+) -> Option<String> {
+    selector.as_ref().and_then(|selector| selector.mismatch(labels, whose, field))
 }
 
 impl document::Match {

@@ -28,7 +28,7 @@ use opentelemetry_proto::tonic::trace::v1::Span;
 use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
 
-use self::deployment::{Answer, Deployment, NEVER, make, pkcs10_of};
+use self::deployment::{Answer, Deployment, NEVER, make, pkcs10, pkcs10_of};
 use crate::{
     cluster::{Identity, unique},
     telemetry::{Collector, Received},
@@ -75,6 +75,25 @@ async fn what_an_agent_asks_within_policy_is_approved_and_signed_by_the_publishe
     let bundles: Api<ClusterTrustBundle> = Api::all(deployment.admin.clone());
     let bundle = bundles.get(&format!("{}:csrd", deployment.signer.replace('/', ":"))).await.unwrap();
     assert_eq!(bundle.spec.trust_bundle, roots);
+}
+
+#[tokio::test]
+async fn the_name_of_its_service_is_a_pods_as_soon_as_a_policy_says_so() {
+    let Some(deployment) = Deployment::new().await else { return };
+    let _controller = deployment.controller("").await;
+    let work = &deployment.work;
+    let agent = deployment.agent(0).await;
+    let pod = deployment.cluster.pod(work, "api", &deployment.nodes[0], "web", &[("app", "api")]).await;
+    deployment.cluster.service(work, "api", &[("app", "api")]).await;
+    signed(deployment.ask(&agent, deployment.request(&pod)).await);
+    deployment.policy(json!({"dnsNames": ["{kubernetes.service}.{kubernetes.namespace}.svc"]})).await;
+    let named = |service: &str| {
+        let mut request = deployment.request(&pod);
+        request["spec"]["request"] = json!(pkcs10(&format!("{service}.{work}.svc")));
+        request
+    };
+    signed(deployment.ask(&agent, named("api")).await);
+    denied(deployment.ask(&agent, named("db")).await, "NAME_NOT_ALLOWED", "matches none of its entries");
 }
 
 /// The controller does not count on it; what gets past it, `stolen_token` shows.
@@ -189,8 +208,13 @@ async fn a_kubelets_own_serving_certificate_is_approved_where_the_controller_is_
     deployment.let_approve(signer).await;
     let node = &deployment.nodes[0];
     let nodes: Api<Node> = Api::all(deployment.admin.clone());
-    let addresses = json!({"status": {"addresses": [{"type": "InternalDNS", "address": "n1.example.org"}]}});
-    nodes.patch_status(node, &PatchParams::default(), &Patch::Merge(&addresses)).await.unwrap();
+    let (own, others) = (format!("{node}.example.org"), format!("{}.example.org", deployment.nodes[1]));
+    // As the kubelet of the first would write it, to have the other's certificate.
+    for (node, names) in [(node, vec![&own, &others]), (&deployment.nodes[1], vec![&others])] {
+        let addresses: Vec<_> = names.iter().map(|name| json!({"type": "InternalDNS", "address": name})).collect();
+        let addresses = json!({"status": {"addresses": addresses}});
+        nodes.patch_status(node, &PatchParams::default(), &Patch::Merge(&addresses)).await.unwrap();
+    }
     let user = format!("system:node:{node}");
     let kubelet = deployment.cluster.access.client(&deployment.cluster.user(&user, Some("system:nodes"))).await;
     let request = |name: &str| {
@@ -200,14 +224,16 @@ async fn a_kubelets_own_serving_certificate_is_approved_where_the_controller_is_
             "usages": ["digital signature", "server auth"],
         }})
     };
-    let left = make(&deployment.admin, request("n1.example.org")).await.unwrap();
+    let left = make(&deployment.admin, request(&own)).await.unwrap();
     let _controller = deployment.controller("kubeletServing: true").await;
-    let Answer::Signed { approval, .. } = deployment.ask(&kubelet, request("n1.example.org")).await else {
+    let Answer::Signed { approval, .. } = deployment.ask(&kubelet, request(&own)).await else {
         panic!("it is not signed")
     };
     assert_eq!(approval.reason.as_deref(), Some("NODES_OWN_ADDRESSES"));
     let words = "\"kubernetes.default.svc\" is no address of Node";
     denied(deployment.ask(&kubelet, request("kubernetes.default.svc")).await, "NAME_NOT_ALLOWED", words);
+    let words = format!("{others:?} is an address of Node {} too", deployment.nodes[1]);
+    denied(deployment.ask(&kubelet, request(&others)).await, "NAME_NOT_ALLOWED", &words);
     let requests: Api<Request> = Api::all(deployment.admin.clone());
     let now = requests.get(&left.name_any()).await.unwrap();
     assert_eq!(now.resource_version(), left.resource_version(), "it was made by no node");

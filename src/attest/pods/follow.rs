@@ -40,13 +40,14 @@ pub(super) struct Told {
 pub(super) async fn follow<K, T>(
     api: Api<K>,
     config: watcher::Config,
+    backoff: WatchBackoff,
     read: fn(K) -> T,
     mut apply: impl FnMut(Change<T>),
 ) where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static,
 {
     let (mut listed, mut silent) = (Vec::new(), false);
-    let mut events = pin!(watcher::watcher(api, config).backoff(WatchBackoff::default()));
+    let mut events = pin!(watcher::watcher(api, config).backoff(backoff));
     let what = K::plural(&());
     while let Some(event) = events.next().await {
         match event {

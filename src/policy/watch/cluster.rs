@@ -29,7 +29,7 @@ use tokio::{sync::watch, task::spawn_blocking};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    kubernetes::{self, WatchBackoff},
+    kubernetes::{self, Lag},
     metrics::Metrics,
     policy::{API_VERSION, KIND, MAX_POLICIES, PLURAL, PolicySet, Problem, Source, schema::PODS_ONLY, whom::Whom},
 };
@@ -37,6 +37,7 @@ use crate::{
 /// The CertificatePolicies of a cluster and the set that they make.
 pub struct ClusterPolicies {
     client: Client,
+    lag: Lag,
     seen: Seen,
 }
 
@@ -94,7 +95,7 @@ impl ClusterPolicies {
     /// Nothing is followed before [`run`](Self::run). Until the first list has arrived there is no policy, so everything
     /// is denied; see [`synced`](Self::synced).
     pub fn new(client: Client, metrics: Metrics) -> Self {
-        Self { client, seen: Seen::nothing(metrics) }
+        Self { client, lag: Lag::default(), seen: Seen::nothing(metrics) }
     }
 
     /// The set in force, now and after each change.
@@ -112,11 +113,16 @@ impl ClusterPolicies {
         self.seen.synced.subscribe()
     }
 
+    /// Whether what has been seen may be old.
+    pub fn lag(&self) -> Lag {
+        self.lag.clone()
+    }
+
     /// Follows the API server until `stop`.
     pub async fn run(mut self, stop: CancellationToken) {
         let policies: Api<DynamicObject> = Api::all_with(self.client, &resource());
         // Lists again where a watch cannot go on, and waits longer each time that the API server does not answer.
-        let mut events = watcher(policies, watcher::Config::default()).backoff(WatchBackoff::default()).boxed();
+        let mut events = watcher(policies, watcher::Config::default()).backoff(self.lag.backoff()).boxed();
         while let Some(Some(event)) = stop.run_until_cancelled(events.next()).await {
             match event {
                 Ok(event) => self.seen.take_in(event).await,

@@ -173,10 +173,10 @@ impl<'a> Deployment<'a> {
         timeout(NEVER, said).await.expect("the policy's status")
     }
 
-    /// Lets the controller approve for a signer of others, and see nodes.
+    /// Lets the controller approve for a signer of others, and follow nodes.
     pub(crate) async fn let_approve(&self, signer: &str) {
         let rules = json!([{"apiGroups": ["certificates.k8s.io"], "resources": ["signers"], "resourceNames": [signer], "verbs": ["approve"]},
-            {"apiGroups": [""], "resources": ["nodes"], "verbs": ["get"]}]);
+            {"apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "list", "watch"]}]);
         self.allow("csrd-controller", rules).await;
     }
 

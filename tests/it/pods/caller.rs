@@ -44,7 +44,7 @@ use super::{
 use crate::{
     agent::ask,
     attest::is_root,
-    cluster::{ControlPlane, Fault, FaultProxy},
+    cluster::{ControlPlane, Fault, FaultProxy, unique},
 };
 
 const POLICY: &str = "apiVersion: csrd.dev/v1alpha1
@@ -150,6 +150,11 @@ async fn until_served(socket: &Path) {
         }
     };
     timeout(PATIENCE, served).await.expect("the agent serves");
+}
+
+/// The cgroup of a service that is no pod, of one test alone.
+fn of_the_host() -> String {
+    format!("csrd-test.slice/{}.service", unique("web"))
 }
 
 fn new_container() -> String {
@@ -323,7 +328,7 @@ async fn a_process_in_a_pods_cgroup_is_that_pod_and_nothing_else() {
     assert_eq!(node.caller(&format!("kubepods/pod{uid}")).who("").await, "POD_CGROUP_UNCLEAR");
     let elsewhere = format!("csrd-test.slice/user.service/{}", cgroup_of(&uid, &container_of(&web)));
     assert_eq!(node.caller(&elsewhere).who("").await, "POD_CGROUP_UNCLEAR");
-    assert_eq!(node.caller("csrd-test.slice/web.service").who("").await, "0", "a process of the host");
+    assert_eq!(node.caller(&of_the_host()).who("").await, "0", "a process of the host");
     node.end().await;
 }
 
@@ -340,7 +345,7 @@ async fn bounds_are_counted_for_each_pod_and_not_for_the_user_that_all_run_as() 
     }
     assert_ne!(node.caller_in(&web).who("").await, web.uid().unwrap(), "one past the bound");
     assert_eq!(node.caller_in(&other).who("").await, other.uid().unwrap());
-    assert_eq!(node.caller("csrd-test.slice/web.service").who("").await, "0");
+    assert_eq!(node.caller(&of_the_host()).who("").await, "0");
     node.end().await;
 }
 
@@ -355,7 +360,7 @@ async fn kernel_and_token_must_name_the_same_pod() {
     assert_eq!(caller.who(&foreign).await, "TOKEN_OF_OTHER_POD");
     assert_eq!(caller.who("a b").await, "TOKEN_MALFORMED");
     assert_eq!(caller.who("").await, web.uid().unwrap(), "one call's token is that call's");
-    assert_eq!(node.caller("csrd-test.slice/web.service").who(&own).await, "TOKEN_OUTSIDE_POD");
+    assert_eq!(node.caller(&of_the_host()).who(&own).await, "TOKEN_OUTSIDE_POD");
     node.end().await;
 }
 
@@ -414,7 +419,7 @@ async fn an_agent_in_a_container_tells_the_pods_beside_it() {
         (cgroup_of(OWN, &container), OWN),
         (format!("csrd-test.slice/user.service/pod{BESIDE}/{container}"), "POD_CGROUP_UNCLEAR"),
         (format!("csrd-test.slice/user.service/burstable/pod{BESIDE}/{container}"), "POD_CGROUP_UNCLEAR"),
-        ("csrd-test.slice/web.service".to_owned(), "0"),
+        (of_the_host(), "0"),
     ] {
         assert_eq!(Caller::start(&socket, &cgroup).who("").await, expected, "{cgroup}");
     }

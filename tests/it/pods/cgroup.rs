@@ -44,7 +44,10 @@ impl Cgroup {
     /// else that command itself.
     pub(crate) fn command(&self, through: &[&str]) -> Command {
         let mut command = Command::new("sh");
-        command.args(["-c", "echo $$ > \"$1/cgroup.procs\" && shift && exec \"$@\"", "sh"]).arg(&self.folder).args(through);
+        command
+            .args(["-c", "echo $$ > \"$1/cgroup.procs\" && shift && exec \"$@\"", "sh"])
+            .arg(&self.folder)
+            .args(through);
         command
     }
 }

@@ -114,14 +114,7 @@ async fn what_rbac_forbids_is_said_with_the_verb() {
     let signer = rig.built_in();
     check(rig.attempt(&signer, nothing).await, "API_FORBIDDEN", true, "cannot create resource");
     may(cluster, &namespace, "default", &["create", "delete"]).await;
-    // Roles take a moment to be in force.
-    let forbidden = loop {
-        let outcome = rig.attempt(&signer, nothing).await;
-        if !with_causes(outcome.as_ref().expect_err("no watch")).contains("cannot create resource") {
-            break outcome;
-        }
-    };
-    check(forbidden, "API_FORBIDDEN", true, "cannot watch resource");
+    check(rig.attempt(&signer, nothing).await, "API_FORBIDDEN", true, "cannot watch resource");
     let approving = rig.signer_with("example.org/own", &cluster.access.ca_certificate, Approval::Agent);
     check(rig.attempt(&approving, nothing).await, "API_FORBIDDEN", true, "cannot patch resource");
 }

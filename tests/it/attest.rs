@@ -110,7 +110,7 @@ async fn a_caller_that_execs_is_another_workload_on_the_same_connection() {
 
 #[tokio::test]
 async fn a_caller_that_execs_gets_nothing_more_on_the_stream_it_opened() {
-    let subscribe = follow(lasting(2, ask("a.example.org"))).encode_to_vec();
+    let subscribe = follow(lasting(10, ask("a.example.org"))).encode_to_vec();
     nothing_more_after_exec("/csrd.v1.CertificateService/Subscribe", subscribe).await;
     nothing_more_after_exec("/SpiffeWorkloadAPI/FetchX509SVID", Vec::new()).await;
     let default = DiscoveryRequest { resource_names: vec!["default".into()], ..Default::default() };
@@ -119,7 +119,7 @@ async fn a_caller_that_execs_gets_nothing_more_on_the_stream_it_opened() {
 }
 
 async fn nothing_more_after_exec(path: &str, message: Vec<u8>) {
-    let agent = Agent::start(&policy().replace("default: 1h", "default: 2s")).await;
+    let agent = Agent::start(&policy().replace("default: 1h", "default: 10s")).await;
     let mut actor = Actor::start();
     let meeting = agent.path("meeting");
     let listener = StdListener::bind(&meeting).unwrap();

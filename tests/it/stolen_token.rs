@@ -221,6 +221,12 @@ async fn a_pod_that_was_deleted_or_is_elsewhere_now() {
     let Some(scene) = Scene::new(Overlay::ApprovalController).await else { return };
     let Scene { deployment, thief, own, .. } = &scene;
     deployment.cluster.delete_pod(own).await;
+    // The controller is told of pods and of requests by two watches.
+    eventually("the controller knows", async || {
+        let answer = deployment.ask(thief, scene.forged(own, &[])).await;
+        (!matches!(answer, Answer::Signed { .. })).then_some(())
+    })
+    .await;
     scene.asks("a deleted pod's UID", "controller: POD_GONE", thief, scene.forged(own, &[])).await;
     let again = deployment.cluster.pod(&deployment.work, &own.name_any(), &deployment.nodes[1], "web", &[]).await;
     scene.asks("and when its name is on node 2", "controller: POD_GONE", thief, scene.forged(own, &[])).await;

@@ -19,6 +19,7 @@ use http::StatusCode;
 use k8s_openapi::api::{
     certificates::v1::{CertificateSigningRequest as Request, ClusterTrustBundle},
     core::v1::{ConfigMap, Namespace, Node, Secret},
+    events::v1::Event,
 };
 use kube::{
     Api, ResourceExt as _,
@@ -362,11 +363,25 @@ async fn a_policy_says_in_its_status_what_became_of_it() {
     let message = refused["message"].as_str().unwrap();
     assert!(message.starts_with("generation 1 stays in force; spec.allow.dnsNames[0]: "), "{message}");
     assert_eq!((refused["reason"].as_str(), refused["observedGeneration"].as_i64()), (Some("Invalid"), Some(2)));
+    let events: Api<Event> = Api::all(deployment.admin.clone());
+    let told = async |wanted: [&str; 3]| {
+        eventually(wanted[1], async || {
+            let all = events.list(&ListParams::default()).await.unwrap();
+            all.into_iter().find(|it| {
+                let about = it.regarding.as_ref().and_then(|it| it.name.as_deref());
+                let said = [&it.type_, &it.reason, &it.note].map(Option::as_deref);
+                about == Some(&*deployment.work) && said == wanted.map(Some)
+            })
+        })
+        .await
+    };
+    told(["Warning", "PolicyRejected", message]).await;
     // The last good version decides.
     let (agent, pod) = (deployment.agent(0).await, deployment.workload(0).await);
     signed(deployment.ask(&agent, deployment.request(&pod)).await);
     deployment.policy(json!({"dnsNames": ["web.example.org"]})).await;
     deployment.condition(&deployment.work, "True").await;
+    told(["Normal", "PolicyAccepted", "the policy is in force"]).await;
     denied(deployment.ask(&agent, deployment.request(&pod)).await, "NAME_NOT_ALLOWED", "spiffe://example.org/ns/");
 }
 

@@ -107,8 +107,10 @@ async fn the_definition_is_established_and_kubectl_shows_its_columns() {
     assert_eq!(condition(&definition, "NonStructuralSchema"), None);
 
     let name = unique("columns");
-    apply(&cluster.admin().await, &name, &with(json!({"signer": SIGNER}))).await.unwrap();
-    let condition = json!({"type": "Accepted", "status": "False", "reason": "Invalid", "message": "not like this",
+    // Refused, as the controllers of other tests say too.
+    let refused = with(json!({"signer": SIGNER, "allow": {"dnsNames": ["*"]}}));
+    apply(&cluster.admin().await, &name, &refused).await.unwrap();
+    let condition = json!({"type": "Accepted", "status": "False", "reason": "Invalid", "message": "it grants nothing",
         "observedGeneration": 1, "lastTransitionTime": "2026-01-01T00:00:00Z"});
     let status = json!({"status": {"observedGeneration": 1, "conditions": [condition]}});
     let api = policies(cluster.admin().await);
@@ -121,7 +123,7 @@ async fn the_definition_is_established_and_kubectl_shows_its_columns() {
     let shown = String::from_utf8(shown.await).unwrap();
     let lines: Vec<Vec<&str>> = shown.lines().map(|line| line.split_whitespace().collect()).collect();
     assert_eq!(lines[0], ["NAME", "ACCEPTED", "SIGNER", "AGE", "MESSAGE"], "{shown}");
-    assert_eq!((lines[1][1], lines[1][2], &lines[1][4..]), ("False", SIGNER, &["not", "like", "this"][..]), "{shown}");
+    assert_eq!((lines[1][1], lines[1][2], &lines[1][4..6]), ("False", SIGNER, &["it", "grants"][..]), "{shown}");
 }
 
 /// All fields, in one document.

@@ -188,6 +188,16 @@ mod tests {
     }
 
     #[test]
+    fn a_text_at_the_bound_is_not_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let handle = ProcHandle(File::open(&folder).unwrap().into());
+        for (bytes, expected) in [(TEXT_BYTES_MAX - 1, Ok(())), (TEXT_BYTES_MAX, Err(io::ErrorKind::FileTooLarge))] {
+            File::create(folder.path().join("cgroup")).unwrap().set_len(bytes).unwrap();
+            assert_eq!(handle.cgroup().map(drop).map_err(|error| error.kind()), expected);
+        }
+    }
+
+    #[test]
     fn a_handle_of_an_exited_process_reads_nothing() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let handle = ProcHandle::open(child.id()).unwrap();

@@ -329,6 +329,8 @@ mod tests {
             assert!(found.len() == 1 && found[0].contains(words), "{clause}: {found:?}");
         }
         assert_eq!(problems(&format!("{{unix: {{uids: [1], executableSha256: [{}]}}}}", "A".repeat(64))).len(), 1);
+        let named = |bytes: usize| problems(&format!("{{unix: {{users: [{}]}}}}", "a".repeat(bytes))).len();
+        assert_eq!((named(256), named(257)), (0, 1));
     }
 
     #[test]

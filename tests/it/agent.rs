@@ -324,8 +324,10 @@ async fn a_hundred_subscribers_live_through_a_stop_and_a_kill_and_see_nothing_ol
     }
     for stop in ["TERM", "KILL", "TERM"] {
         let mut followers = JoinSet::new();
+        let (told, mut all_told) = tokio::sync::mpsc::channel::<()>(1);
         for (mut resume, mut last, mut not_after) in seen.drain(..) {
             let mut client = agent.client().await;
+            let mut told = Some(told.clone());
             followers.spawn(async move {
                 let mut stream = client.subscribe(resume.clone()).await.unwrap().into_inner();
                 loop {
@@ -335,6 +337,7 @@ async fn a_hundred_subscribers_live_through_a_stop_and_a_kill_and_see_nothing_ol
                             assert!(sequence > last, "{sequence} after {last}");
                             assert!(ends >= not_after, "an older certificate after a newer one");
                             (last, not_after) = (sequence, ends);
+                            drop(told.take());
                             resume.certificate_id = certificate.certificate_id;
                             resume.after_sequence = sequence;
                         }
@@ -343,6 +346,8 @@ async fn a_hundred_subscribers_live_through_a_stop_and_a_kill_and_see_nothing_ol
                 }
             });
         }
+        drop(told);
+        timeout(PATIENCE, all_told.recv()).await.expect("every follower has a certificate");
         tokio::time::sleep(Duration::from_secs(4)).await;
         if stop == "TERM" {
             let ended = agent.terminate().await;
@@ -373,7 +378,12 @@ async fn a_policy_that_takes_the_right_ends_the_stream_and_a_bad_one_changes_not
         fs::rename(agent.path("policy.new"), agent.path("policy.yaml")).unwrap();
     };
     write("kind: [nonsense");
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    let read = async {
+        while !fs::read_to_string(agent.path("log")).unwrap().contains("the last good set stays in force") {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, read).await.expect("the file is read");
     agent.issue(ask("b.example.org")).await.expect("the last good policies stay in force");
     write(&policy().replace("example.org", "example.net"));
     let answer = timeout(PATIENCE, stream.message()).await.expect("in time").unwrap().unwrap();

@@ -18,7 +18,7 @@ use std::{
 
 use base64::Engine as _;
 use csrd::{
-    attest::{AttestError, Attestor, Caller, Capabilities, Peer, PeerStream, prepare_listener},
+    attest::{AttestError, Attestor, Caller, Capabilities, MAX_GROUPS, Peer, PeerStream, prepare_listener},
     metrics::Metrics,
     proto::envoy::service::discovery::v3::DiscoveryRequest,
 };
@@ -110,7 +110,7 @@ async fn a_caller_that_execs_is_another_workload_on_the_same_connection() {
 
 #[tokio::test]
 async fn a_caller_that_execs_gets_nothing_more_on_the_stream_it_opened() {
-    let subscribe = follow(lasting(2, ask("a.example.org"))).encode_to_vec();
+    let subscribe = follow(lasting(10, ask("a.example.org"))).encode_to_vec();
     nothing_more_after_exec("/csrd.v1.CertificateService/Subscribe", subscribe).await;
     nothing_more_after_exec("/SpiffeWorkloadAPI/FetchX509SVID", Vec::new()).await;
     let default = DiscoveryRequest { resource_names: vec!["default".into()], ..Default::default() };
@@ -119,7 +119,7 @@ async fn a_caller_that_execs_gets_nothing_more_on_the_stream_it_opened() {
 }
 
 async fn nothing_more_after_exec(path: &str, message: Vec<u8>) {
-    let agent = Agent::start(&policy().replace("default: 1h", "default: 2s")).await;
+    let agent = Agent::start(&policy().replace("default: 1h", "default: 10s")).await;
     let mut actor = Actor::start();
     let meeting = agent.path("meeting");
     let listener = StdListener::bind(&meeting).unwrap();
@@ -189,6 +189,20 @@ async fn a_caller_that_changes_its_user_is_refused() {
         assert!(scene.attestor.attest(&peer).await.is_ok());
         scene.actor.tell(&format!("become {STRANGER} {STRANGER}"));
         assert_eq!(reason(scene.attestor.attest(&peer).await), "PEER_IDS_CHANGED");
+    }
+}
+
+#[tokio::test]
+async fn a_caller_in_one_group_more_than_are_examined_is_refused() {
+    if !is_root("a_caller_in_one_group_more_than_are_examined_is_refused") {
+        return;
+    }
+    for (count, expected) in [(MAX_GROUPS, "attested"), (MAX_GROUPS + 1, "PEER_TOO_MANY_GROUPS")] {
+        let mut scene = Scene::new(Attestor::new());
+        let groups: Vec<_> = (0..count).map(|group| group.to_string()).collect();
+        scene.actor.tell(&format!("groups {}", groups.join(" ")));
+        let (_stream, peer) = scene.connect().await;
+        assert_eq!(reason(scene.attestor.attest(&peer).await), expected, "{count}");
     }
 }
 

@@ -19,6 +19,7 @@ use http::StatusCode;
 use k8s_openapi::api::{
     certificates::v1::{CertificateSigningRequest as Request, ClusterTrustBundle},
     core::v1::{ConfigMap, Namespace, Node, Secret},
+    events::v1::Event,
 };
 use kube::{
     Api, ResourceExt as _,
@@ -30,7 +31,7 @@ use tokio::time::{sleep, timeout};
 
 use self::deployment::{Answer, Deployment, NEVER, make, pkcs10, pkcs10_of};
 use crate::{
-    cluster::{Identity, unique},
+    cluster::{ControlPlane, Identity, Options, eventually, unique},
     telemetry::{Collector, Received},
 };
 
@@ -118,10 +119,17 @@ async fn what_admission_would_refuse_is_denied_where_there_is_none() {
     let unbound = deployment.cluster.unbound_token(&deployment.home, "csrd-agent", &[]).await;
     let unbound = deployment.cluster.access.client(&Identity::Token(unbound)).await;
     denied(deployment.ask(&unbound, deployment.request(&own)).await, "TOKEN_NOT_BOUND", "node-name");
-    // The agent's token outlives its pod for some seconds.
+    // The agent's token outlives its pod for some seconds, and the controller is told of pods and requests by two watches.
     deployment.cluster.delete_pod(&deployment.agents[0]).await;
-    if let Ok(made) = make(&agent, deployment.request(&own)).await {
-        denied(deployment.answer(&made.name_any()).await, "AGENT_GONE", "is gone");
+    let answer = eventually("the agent's end", async || match make(&agent, deployment.request(&own)).await {
+        Ok(made) => match deployment.answer(&made.name_any()).await {
+            Answer::Signed { .. } => None,
+            answer => Some(Some(answer)),
+        },
+        Err(_) => Some(None),
+    });
+    if let Some(answer) = answer.await {
+        denied(answer, "AGENT_GONE", "is gone");
     }
 }
 
@@ -245,11 +253,11 @@ async fn of_two_replicas_one_leads_and_the_other_takes_over() {
     let (first, second) = (deployment.controller("").await, deployment.controller("").await);
     let (agent, pod) = (deployment.agent(0).await, deployment.workload(0).await);
     let before = signed(deployment.ask(&agent, deployment.request(&pod)).await);
-    assert_ne!(first.leads(), second.leads(), "one leads");
+    eventually("one leads", async || (first.leads() != second.leads()).then_some(())).await;
     let (leader, heir) = if first.leads() { (first, second) } else { (second, first) };
     leader.kill();
     let after = signed(deployment.ask(&agent, deployment.request(&pod)).await);
-    assert!(heir.leads());
+    eventually("the heir leads", async || heir.leads().then_some(())).await;
     let roots = Bundle::from_pem(deployment.roots(&deployment.home, |_| true).await.as_bytes()).unwrap();
     assert_eq!(roots.roots().len(), 1, "one CA for both: {} {}", before.serial_hex(), after.serial_hex());
 
@@ -257,7 +265,7 @@ async fn of_two_replicas_one_leads_and_the_other_takes_over() {
     let successor = deployment.controller("").await;
     assert_eq!(heir.stop().await, Some(0));
     signed(deployment.ask(&agent, deployment.request(&pod)).await);
-    assert!(successor.leads());
+    eventually("the successor leads", async || successor.leads().then_some(())).await;
 }
 
 #[tokio::test]
@@ -301,7 +309,9 @@ async fn replicas_that_race_make_one_ca_and_follow_it() {
 
 #[tokio::test]
 async fn roots_are_put_right_where_others_change_them_and_go_where_they_are_asked_for() {
-    let Some(deployment) = Deployment::new().await else { return };
+    // Controllers of other tests would put their own roots where the label asks for any.
+    let Some(cluster) = ControlPlane::start(Options::default()).await else { return };
+    let deployment = Deployment::on(&cluster).await;
     let (asked, labelled) = (deployment.cluster.namespace(&[]).await, deployment.cluster.namespace(&[]).await);
     let controller = deployment.controller(&format!("trustBundle: {{namespaces: [{asked}]}}")).await;
     let roots = deployment.roots(&deployment.home, |_| true).await;
@@ -336,7 +346,7 @@ async fn roots_are_put_right_where_others_change_them_and_go_where_they_are_aske
 async fn a_node_with_very_many_requests_delays_no_other_node() {
     const MANY: usize = 400;
     let Some(deployment) = Deployment::new().await else { return };
-    let limits = "limits: {perNode: {perSecond: 5, burst: 5}}";
+    let limits = "limits: {perNode: {perSecond: 1, burst: 5}}";
     let (greedy, modest) = (deployment.agent(0).await, deployment.agent(1).await);
     let (pod, other) = (deployment.workload(0).await, deployment.workload(1).await);
     for _ in 0..MANY {
@@ -372,7 +382,9 @@ async fn what_found_no_room_at_first_is_answered_in_the_end() {
 
 #[tokio::test]
 async fn a_policy_says_in_its_status_what_became_of_it() {
-    let Some(deployment) = Deployment::new().await else { return };
+    // Controllers of other tests would say what they found.
+    let Some(cluster) = ControlPlane::start(Options::default()).await else { return };
+    let deployment = Deployment::on(&cluster).await;
     let _controller = deployment.controller("").await;
     let accepted = deployment.condition(&deployment.work, "True").await;
     assert_eq!((accepted["reason"].as_str(), accepted["observedGeneration"].as_i64()), (Some("Valid"), Some(1)));
@@ -381,11 +393,25 @@ async fn a_policy_says_in_its_status_what_became_of_it() {
     let message = refused["message"].as_str().unwrap();
     assert!(message.starts_with("generation 1 stays in force; spec.allow.dnsNames[0]: "), "{message}");
     assert_eq!((refused["reason"].as_str(), refused["observedGeneration"].as_i64()), (Some("Invalid"), Some(2)));
+    let events: Api<Event> = Api::all(deployment.admin.clone());
+    let told = async |wanted: [&str; 3]| {
+        eventually(wanted[1], async || {
+            let all = events.list(&ListParams::default()).await.unwrap();
+            all.into_iter().find(|it| {
+                let about = it.regarding.as_ref().and_then(|it| it.name.as_deref());
+                let said = [&it.type_, &it.reason, &it.note].map(Option::as_deref);
+                about == Some(&*deployment.work) && said == wanted.map(Some)
+            })
+        })
+        .await
+    };
+    told(["Warning", "PolicyRejected", message]).await;
     // The last good version decides.
     let (agent, pod) = (deployment.agent(0).await, deployment.workload(0).await);
     signed(deployment.ask(&agent, deployment.request(&pod)).await);
     deployment.policy(json!({"dnsNames": ["web.example.org"]})).await;
     deployment.condition(&deployment.work, "True").await;
+    told(["Normal", "PolicyAccepted", "the policy is in force"]).await;
     denied(deployment.ask(&agent, deployment.request(&pod)).await, "NAME_NOT_ALLOWED", "spiffe://example.org/ns/");
 }
 

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    net::TcpListener,
+    io::{BufRead as _, BufReader},
     path::PathBuf,
     process::{Child, Command, Stdio},
     time::Duration,
@@ -32,7 +32,7 @@ impl Watched {
         fs::create_dir(&folder).unwrap();
         std::os::unix::fs::chown(&folder, Some(uid), Some(uid)).unwrap();
         let mut command = agent.as_user(Some(uid));
-        command.args(["watch", "--lifetime", "8s", "--dns", &format!("{name}.example.org"), "--dir"]).arg(&folder);
+        command.args(["watch", "--lifetime", "20s", "--dns", &format!("{name}.example.org"), "--dir"]).arg(&folder);
         let process = command.stdout(Stdio::null()).spawn().unwrap();
         Self { process, folder, seen: None }
     }
@@ -78,39 +78,31 @@ async fn openssl_verifies_the_files_and_shakes_hands_with_them_across_two_renewa
             let verified = openssl(&["verify", "-x509_strict", "-CAfile", &side.file("ca.crt"), &side.file("tls.crt")]);
             assert!(verified.trim_end().ends_with(": OK"), "{verified}");
         }
-        let session = handshake(&server, &client).await;
+        let session = handshake(&server, &client);
         assert!(session.contains("Verify return code: 0 (ok)"), "{session}");
         assert!(session.contains("New, TLSv1.3"), "{session}");
     }
 }
 
 /// `openssl s_client` with the one side's files against `openssl s_server` with the other's; each demands the other's.
-async fn handshake(server: &Watched, client: &Watched) -> String {
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+fn handshake(server: &Watched, client: &Watched) -> String {
+    // Of the set that was seen: another may take its place between the certificate and the key.
     let files = |side: &Watched| {
-        let (cert, key, roots) = (side.file("tls.crt"), side.file("tls.key"), side.file("ca.crt"));
-        ["-cert", &cert, "-key", &key, "-CAfile", &roots].map(str::to_owned)
+        let set = side.folder.join(side.seen.as_ref().unwrap());
+        let file = |name| set.join(name).to_str().unwrap().to_owned();
+        ["-cert".into(), file("tls.crt"), "-key".into(), file("tls.key"), "-CAfile".into(), file("ca.crt")]
     };
     let mut serving = Command::new("openssl");
-    serving.args(["s_server", "-accept", &port.to_string(), "-Verify", "2", "-verify_return_error"]);
+    serving.args(["s_server", "-accept", "127.0.0.1:0", "-Verify", "2", "-verify_return_error"]);
     // It ends when its stdin does, so that stays open.
-    serving.args(files(server)).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    serving.args(files(server)).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut serving = serving.spawn().unwrap();
-    let address = format!("127.0.0.1:{port}");
+    let mut said = BufReader::new(serving.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let address = said.find_map(|line| line.strip_prefix("ACCEPT ").map(str::to_owned)).expect("it listens");
     let mut arguments: Vec<String> = ["s_client", "-connect", &address].map(str::to_owned).into();
     arguments.extend(files(client));
     arguments.extend(["-verify_return_error", "-verify_hostname", "server.example.org"].map(str::to_owned));
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let connected = async {
-        loop {
-            let said = openssl(&arguments);
-            if !said.contains("Connection refused") {
-                return said;
-            }
-            sleep(Duration::from_millis(20)).await;
-        }
-    };
-    let session = timeout(PATIENCE, connected).await.expect("the server listens in time");
+    let session = openssl(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
     let _ = serving.kill();
     let _ = serving.wait();
     session

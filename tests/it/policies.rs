@@ -18,7 +18,7 @@ use http::Method;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::{
     Api, Client,
-    api::{DeleteParams, DynamicObject, Patch, PatchParams},
+    api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams},
 };
 use serde_json::{Value, json};
 use tokio::{
@@ -27,7 +27,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::cluster::{ControlPlane, Fault, FaultProxy, Identity, Options, Part, unique};
+use crate::cluster::{ControlPlane, Fault, FaultProxy, Identity, Options, Part, eventually, unique};
 
 /// What is not seen within this time will never be; far more than anything takes.
 const NEVER: Duration = Duration::from_secs(180);
@@ -41,7 +41,9 @@ pub(crate) async fn define(cluster: &ControlPlane) -> CustomResourceDefinition {
     let served = async {
         loop {
             let found = definitions.get(&name).await.unwrap();
-            if condition(&found, "Established") == Some("True") {
+            // It is served a moment later.
+            let list = policies(cluster.admin().await).list(&ListParams::default().limit(1)).await;
+            if condition(&found, "Established") == Some("True") && list.is_ok() {
                 return found;
             }
             sleep(Duration::from_millis(25)).await;
@@ -105,17 +107,23 @@ async fn the_definition_is_established_and_kubectl_shows_its_columns() {
     assert_eq!(condition(&definition, "NonStructuralSchema"), None);
 
     let name = unique("columns");
-    apply(&cluster.admin().await, &name, &with(json!({"signer": SIGNER}))).await.unwrap();
-    let condition = json!({"type": "Accepted", "status": "False", "reason": "Invalid", "message": "not like this",
+    // Refused, as the controllers of other tests say too.
+    let refused = with(json!({"signer": SIGNER, "allow": {"dnsNames": ["*"]}}));
+    apply(&cluster.admin().await, &name, &refused).await.unwrap();
+    let condition = json!({"type": "Accepted", "status": "False", "reason": "Invalid", "message": "it grants nothing",
         "observedGeneration": 1, "lastTransitionTime": "2026-01-01T00:00:00Z"});
     let status = json!({"status": {"observedGeneration": 1, "conditions": [condition]}});
     let api = policies(cluster.admin().await);
     api.patch_status(&name, &PatchParams::default(), &Patch::Merge(status)).await.unwrap();
-    let shown = cluster.kubectl(&["get", "certpol", &name, "-o", "wide"]).await;
-    let shown = String::from_utf8(shown.stdout).unwrap();
+    // kubectl learns of new kinds in its own time.
+    let shown = eventually("its row", async || {
+        let shown = cluster.kubectl(&["get", "certpol", &name, "-o", "wide"]).await;
+        shown.status.success().then_some(shown.stdout)
+    });
+    let shown = String::from_utf8(shown.await).unwrap();
     let lines: Vec<Vec<&str>> = shown.lines().map(|line| line.split_whitespace().collect()).collect();
     assert_eq!(lines[0], ["NAME", "ACCEPTED", "SIGNER", "AGE", "MESSAGE"], "{shown}");
-    assert_eq!((lines[1][1], lines[1][2], &lines[1][4..]), ("False", SIGNER, &["not", "like", "this"][..]), "{shown}");
+    assert_eq!((lines[1][1], lines[1][2], &lines[1][4..6]), ("False", SIGNER, &["it", "grants"][..]), "{shown}");
 }
 
 /// All fields, in one document.
@@ -185,7 +193,12 @@ async fn kubectl_takes_the_example_of_the_readme() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), example.unwrap()).unwrap();
     let path = file.path().to_str().unwrap();
-    let taken = cluster.kubectl(&["create", "--dry-run=server", "-f", path]).await;
+    // Again while it does not know the new kind.
+    let taken = eventually("kubectl knows the kind", async || {
+        let taken = cluster.kubectl(&["create", "--dry-run=server", "-f", path]).await;
+        (!String::from_utf8_lossy(&taken.stderr).contains("no matches for kind")).then_some(taken)
+    });
+    let taken = taken.await;
     assert!(taken.status.success(), "{taken:?}");
 }
 

@@ -221,6 +221,12 @@ async fn a_pod_that_was_deleted_or_is_elsewhere_now() {
     let Some(scene) = Scene::new(Overlay::ApprovalController).await else { return };
     let Scene { deployment, thief, own, .. } = &scene;
     deployment.cluster.delete_pod(own).await;
+    // The controller is told of pods and of requests by two watches.
+    eventually("the controller knows", async || {
+        let answer = deployment.ask(thief, scene.forged(own, &[])).await;
+        (!matches!(answer, Answer::Signed { .. })).then_some(())
+    })
+    .await;
     scene.asks("a deleted pod's UID", "controller: POD_GONE", thief, scene.forged(own, &[])).await;
     let again = deployment.cluster.pod(&deployment.work, &own.name_any(), &deployment.nodes[1], "web", &[]).await;
     scene.asks("and when its name is on node 2", "controller: POD_GONE", thief, scene.forged(own, &[])).await;
@@ -232,7 +238,7 @@ async fn a_pod_that_was_deleted_or_is_elsewhere_now() {
 #[tokio::test]
 async fn names_of_others() {
     let Some(scene) = Scene::new(Overlay::ApprovalController).await else { return };
-    let Scene { deployment, thief, own, .. } = &scene;
+    let Scene { deployment, thief, .. } = &scene;
     let work = &deployment.work;
     let policy = unique("services");
     deployment.write_policy(&policy, json!({
@@ -241,6 +247,15 @@ async fn names_of_others() {
     })).await;
     deployment.condition(&policy, "True").await;
     deployment.cluster.service(work, "api", &[("app", "api")]).await;
+    deployment.cluster.service(work, "web", &[("app", "web")]).await;
+    // The name of the Service that does select a pod is granted once the controller has read Services.
+    let own = &deployment.cluster.pod(work, &unique("web"), &deployment.nodes[0], "web", &[("app", "web")]).await;
+    eventually("its own Service", async || {
+        let mut request = scene.forged(own, &[]);
+        request["spec"]["request"] = json!(pkcs10(&format!("web.{work}.svc")));
+        matches!(deployment.ask(thief, request).await, Answer::Signed { .. }).then_some(())
+    })
+    .await;
     let expected = "controller: NAME_NOT_ALLOWED";
     for (attempt, name) in [
         ("a Service that does not select the pod", format!("api.{work}.svc")),

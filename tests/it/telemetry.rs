@@ -25,7 +25,11 @@ use opentelemetry_proto::tonic::{
     trace::v1::{Span, span::SpanKind, status::StatusCode as SpanStatus},
 };
 use prost::Message as _;
-use tokio::{net::TcpListener, sync::mpsc, time::timeout};
+use tokio::{
+    net::{TcpListener, TcpSocket},
+    sync::mpsc,
+    time::timeout,
+};
 use tokio_stream::wrappers::TcpListenerStream;
 use tracing::{Dispatch, debug_span, dispatcher::with_default};
 use tracing_subscriber::fmt::MakeWriter;
@@ -373,16 +377,15 @@ async fn a_caller_that_is_not_sampled_is_not_sent_but_still_passed_on() {
 #[tokio::test]
 async fn an_absent_collector_is_logged_once_and_its_return_once() {
     for protocol in ["http/protobuf", "grpc"] {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        drop(listener);
-        let (dispatch, telemetry, lines) = sending_to(address, protocol, &[("OTEL_EXPORTER_OTLP_TIMEOUT", "200")]);
+        // Nobody else gets the port, and until it listens it refuses.
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(([127, 0, 0, 1], 0).into()).unwrap();
+        let (dispatch, telemetry, lines) = sending_to(socket.local_addr().unwrap(), protocol, &[]);
         let span = || with_default(&dispatch, || debug_span!(target: "csrd", "lost").in_scope(|| {}));
         span();
         lines.wait_for("traces cannot be sent").await;
 
-        let listener = TcpListener::bind(address).await.unwrap();
-        let mut collector = Collector::http_on(listener, StatusCode::OK);
+        let mut collector = Collector::http_on(socket.listen(8).unwrap(), StatusCode::OK);
         if protocol == "http/protobuf" {
             span();
             collector.spans(1).await;

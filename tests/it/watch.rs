@@ -6,6 +6,7 @@ use std::{
     os::unix::process::ExitStatusExt as _,
     path::Path,
     process::{Child, ChildStderr, ChildStdout, Command, Stdio},
+    time::Duration,
 };
 
 use csrd::proto::v1::{self, subscribe_response::Event};
@@ -13,6 +14,10 @@ use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, se
 use tonic::Code;
 
 use crate::fake_agent::{Place, current, event, renewed, status};
+
+/// So often is looked for what takes a moment; a minute is far above it, for a machine under load.
+const TRIES: usize = 6000;
+const POLL: Duration = Duration::from_millis(10);
 
 impl Place {
     fn watch(&self, arguments: &[&str]) -> Watch {
@@ -34,6 +39,19 @@ impl Watch {
     /// Reads stdout up to the line that begins with `start`.
     fn line(&mut self, start: &str) -> String {
         find(&mut self.stdout, start)
+    }
+
+    /// Waits until the agent has more subscriptions than `before`.
+    #[allow(clippy::disallowed_methods, reason = "no runtime runs here")]
+    fn subscribes(&mut self, place: &Place, before: usize) {
+        for _ in 0..TRIES {
+            if place.agent.subscribed().len() > before {
+                return;
+            }
+            assert_eq!(self.process.try_wait().unwrap(), None, "it has ended");
+            std::thread::sleep(POLL);
+        }
+        panic!("it does not subscribe");
     }
 
     fn signal(&self, signal: Signal) {
@@ -98,9 +116,7 @@ fn a_child_starts_with_the_files_is_told_gets_signals_and_gives_its_code() {
                   echo ready $(cat tls/tls.crt); while :; do sleep 0.02; done";
     let mut watch = place.watch(&["--dir", "tls", "--", "sh", "-c", script]);
     // Until there is a certificate, there is no child.
-    while place.agent.subscribed().is_empty() {
-        std::thread::yield_now();
-    }
+    watch.subscribes(&place, 0);
     place.agent.push(current("c1", 1, "a"));
     assert_eq!(watch.line(""), "ready chain a");
     place.agent.push(renewed("c1", 2, "b"));
@@ -163,9 +179,7 @@ fn a_signal_ends_a_watch_well_unless_its_program_never_ran() {
     fn check(arguments: &[&str], signal: Signal, code: i32) {
         let place = Place::new(vec![]);
         let mut watch = place.watch(&[&["--dir", "tls"], arguments].concat());
-        while place.agent.subscribed().is_empty() {
-            std::thread::yield_now();
-        }
+        watch.subscribes(&place, 0);
         watch.signal(signal);
         assert_eq!(watch.code(), Some(code), "{arguments:?} {signal:?}");
     }
@@ -225,9 +239,7 @@ fn a_crash_leaves_no_core_file() {
     setrlimit(Resource::Core, Rlimit { current: maximum, maximum }).unwrap();
     let place = Place::new(vec![]);
     let mut watch = place.watch(&["--dir", "tls"]);
-    while place.agent.subscribed().is_empty() {
-        std::thread::yield_now();
-    }
+    watch.subscribes(&place, 0);
     // Not SIGSEGV: the standard library handles the first, and one that was sent does not come again.
     watch.signal(Signal::ABORT);
     let status = watch.process.wait().unwrap();
@@ -278,9 +290,7 @@ fn a_watch_that_is_killed_leaves_a_whole_set_and_its_successor_goes_on() {
     for _ in 0..KILLS {
         let known = place.agent.subscribed().len();
         let mut watch = place.watch(&["--dir", "tls"]);
-        while place.agent.subscribed().len() == known {
-            std::thread::yield_now();
-        }
+        watch.subscribes(&place, known);
         for _ in 0..RENEWALS_BEFORE_A_KILL {
             sequence += 1;
             place.agent.push(renewed("c1", sequence, &sequence.to_string()));
@@ -296,9 +306,7 @@ fn a_watch_that_is_killed_leaves_a_whole_set_and_its_successor_goes_on() {
         assert_eq!(read(data.join("ca.crt")), format!("roots {tag}"));
     }
     let mut watch = place.watch(&["--dir", "tls"]);
-    while place.agent.subscribed().len() == KILLS as usize {
-        std::thread::yield_now();
-    }
+    watch.subscribes(&place, KILLS as usize);
     place.agent.push(renewed("c1", sequence + 1, "last"));
     watch.line("written");
     assert_eq!(read(place.path("tls/tls.key")), "key last\n");

@@ -407,6 +407,29 @@ mod tests {
         refused(folder.path(), "it has more than 256 policy files");
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn a_file_that_never_settles_is_taken_as_it_is_in_the_end() {
+        let folder = folder(&[("a.yaml", "")]);
+        let mut files = load(&[folder.path()]).unwrap();
+        let write = |number: u32| fs::write(folder.path().join("a.yaml"), policy(&format!("p{number}"))).unwrap();
+        write(0);
+        let changing = async {
+            // Between two reads: beside one, it might be read empty.
+            sleep(SETTLE / 2).await;
+            for number in 1.. {
+                write(number);
+                sleep(SETTLE).await;
+            }
+        };
+        let began = tokio::time::Instant::now();
+        tokio::select! {
+            looked = files.look() => assert!(looked),
+            () = changing => {}
+        }
+        assert_eq!(began.elapsed(), SETTLE * (MAX_SETTLE_READS as u32 - 1));
+        assert_eq!(files.subscribe().borrow().len(), 1);
+    }
+
     /// Runs `test` beside the watch of `path`.
     async fn following(
         path: &Path,

@@ -32,17 +32,10 @@ async fn requester(cluster: &ControlPlane) -> (Node, Pod, String) {
 }
 
 async fn may_request(cluster: &ControlPlane, namespace: &str) {
-    let name = unique("requester");
-    let _: k8s_openapi::api::rbac::v1::ClusterRole = cluster
-        .create(json!({"metadata": {"name": name}, "rules": [
-            {"apiGroups": ["certificates.k8s.io"], "resources": ["certificatesigningrequests"],
-             "verbs": ["create", "get", "list", "watch", "update"]}]}))
-        .await;
-    let _: k8s_openapi::api::rbac::v1::ClusterRoleBinding = cluster
-        .create(json!({"metadata": {"name": name},
-            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": name},
-            "subjects": [{"kind": "ServiceAccount", "name": "default", "namespace": namespace}]}))
-        .await;
+    let account = json!({"kind": "ServiceAccount", "name": "default", "namespace": namespace});
+    let rule = json!({"apiGroups": ["certificates.k8s.io"], "resources": ["certificatesigningrequests"],
+        "verbs": ["create", "get", "list", "watch", "update"]});
+    cluster.allow(account, json!([rule])).await;
 }
 
 /// A CSR as JSON, with a key of its own.

@@ -4,7 +4,9 @@ use std::{collections::BTreeMap, net::Ipv4Addr, sync::atomic::AtomicU16, sync::a
 
 use k8s_openapi::api::{
     authentication::v1::TokenRequest,
+    authorization::v1::SubjectAccessReview,
     core::v1::{Namespace, Node, Pod, Service, ServiceAccount},
+    rbac::v1::{ClusterRole, ClusterRoleBinding},
 };
 use kube::{
     Api, Resource, ResourceExt as _,
@@ -128,6 +130,30 @@ impl ControlPlane {
         let made: TokenRequest =
             accounts.create_subresource("token", account, &PostParams::default(), &request).await.unwrap();
         made.status.and_then(|it| it.token).expect("a token was made")
+    }
+
+    /// Gives `subject` a role with these rules; returns its name when the first of them is in force.
+    pub(crate) async fn allow(&self, subject: Value, rules: Value) -> String {
+        let name = unique("role");
+        let _: ClusterRole = self.create(json!({"metadata": {"name": name}, "rules": rules})).await;
+        let role = json!({"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": name});
+        let _: ClusterRoleBinding =
+            self.create(json!({"metadata": {"name": name}, "roleRef": role, "subjects": [subject]})).await;
+        let (account, rule) = (subject["name"].as_str().expect("a subject has a name"), &rules[0]);
+        let user = match subject["namespace"].as_str() {
+            Some(namespace) => format!("system:serviceaccount:{namespace}:{account}"),
+            None => account.to_owned(),
+        };
+        let mut resource = rule["resources"][0].as_str().expect("a rule is for a resource").split('/');
+        let review = json!({"metadata": {}, "spec": {"user": user, "resourceAttributes": {
+            "group": rule["apiGroups"][0], "resource": resource.next(), "subresource": resource.next(),
+            "verb": rule["verbs"][0], "name": rule["resourceNames"][0]}}});
+        eventually("its rights", async || {
+            let reviewed: SubjectAccessReview = self.create(review.clone()).await;
+            reviewed.status.filter(|it| it.allowed)
+        })
+        .await;
+        name
     }
 
     /// Makes an object of any kind from its JSON, as the admin.

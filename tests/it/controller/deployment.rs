@@ -14,7 +14,6 @@ use k8s_openapi::{
     api::{
         certificates::v1::{CertificateSigningRequest as Request, CertificateSigningRequestCondition as Condition},
         core::v1::{ConfigMap, Pod},
-        rbac::v1::{ClusterRole, ClusterRoleBinding},
     },
 };
 use kube::{
@@ -26,7 +25,7 @@ use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
 
 use crate::{
-    cluster::{ControlPlane, Identity, Overlay, SYSTEM, eventually, unique},
+    cluster::{ControlPlane, Identity, Overlay, SYSTEM, unique},
     policies,
 };
 
@@ -116,25 +115,14 @@ impl<'a> Deployment<'a> {
 
     /// Lets a ServiceAccount of the deployment's own do more.
     pub(crate) async fn allow(&self, account: &str, rules: Value) {
-        self.bind(json!({"kind": "ServiceAccount", "name": account, "namespace": self.home}), rules).await;
+        let account = json!({"kind": "ServiceAccount", "name": account, "namespace": self.home});
+        self.cluster.allow(account, rules).await;
     }
 
     /// Lets somebody else do to requests what agents may.
     pub(crate) async fn allow_requests(&self, user: &str) {
-        self.bind(json!({"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": user}), agent_rules()).await;
-        eventually("its rights", async || {
-            let asked = self.cluster.kubectl(&["auth", "can-i", "create", "csr", "--as", user]).await;
-            asked.status.success().then_some(())
-        })
-        .await;
-    }
-
-    async fn bind(&self, subject: Value, rules: Value) {
-        let name = unique("role");
-        let _: ClusterRole = self.cluster.create(json!({"metadata": {"name": name}, "rules": rules})).await;
-        let role = json!({"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": name});
-        let _: ClusterRoleBinding =
-            self.cluster.create(json!({"metadata": {"name": name}, "roleRef": role, "subjects": [subject]})).await;
+        let user = json!({"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": user});
+        self.cluster.allow(user, agent_rules()).await;
     }
 
     pub(crate) fn policies(&self) -> Api<DynamicObject> {

@@ -4,6 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use csrd::{
     clock::Clock,
+    metrics::Metrics,
     signer::{
         Stage,
         kubernetes::{Cleaner, ORPHAN_AGE},
@@ -13,7 +14,7 @@ use k8s_openapi::api::certificates::v1::CertificateSigningRequest;
 use kube::ResourceExt as _;
 use tokio::sync::mpsc;
 
-use super::rig::{PATIENCE, Rig, agent, client_auth, grant, may};
+use super::rig::{PATIENCE, Rig, agent, client_auth, grant, listed, may};
 use crate::cluster::{ControlPlane, Identity};
 
 /// Begins an attempt and returns the name of its request, with what drives it.
@@ -77,24 +78,15 @@ async fn orphans_of_this_nodes_agent_are_deleted_and_nobody_elses() {
     }
 
     let successor = async |clock: Clock| {
-        let stop = tokio_util::sync::CancellationToken::new();
-        let (cleaner, run) = Cleaner::new(
-            rig.client.clone(),
-            rig.agent.clone(),
-            rig.node.clone(),
-            clock,
-            rig.metrics.clone(),
-            stop.clone(),
-        );
+        let (metrics, stop) = (Metrics::new(), tokio_util::sync::CancellationToken::new());
+        let (cleaner, run) =
+            Cleaner::new(rig.client.clone(), rig.agent.clone(), rig.node.clone(), clock, metrics.clone(), stop.clone());
         let running = tokio::spawn(run);
+        listed(&metrics).await;
         (cleaner, stop, running)
     };
     // Young ones may belong to somebody.
-    let listed = |rig: &Rig| rig.metrics.encode().contains(r#"verb="list",result="ok",reason=""} "#);
     let (cleaner, stop, running) = successor(Clock::system()).await;
-    while !listed(&rig) {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
     stop.cancel();
     drop(cleaner);
     running.await.unwrap();

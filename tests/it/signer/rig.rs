@@ -15,11 +15,7 @@ use csrd::{
     },
     x509::{Bundle, Csr, DnsName, KeyAlgorithm, Names, Usage, Usages},
 };
-use k8s_openapi::api::{
-    certificates::v1::CertificateSigningRequest,
-    core::v1::Pod,
-    rbac::v1::{ClusterRole, ClusterRoleBinding},
-};
+use k8s_openapi::api::{certificates::v1::CertificateSigningRequest, core::v1::Pod};
 use kube::{
     Api, Client, ResourceExt as _,
     api::{DeleteParams, Patch, PatchParams},
@@ -31,7 +27,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::cluster::{Access, ControlPlane, Identity, unique};
+use crate::cluster::{Access, ControlPlane, Identity, eventually};
 
 /// What Kubernetes itself signs.
 pub(super) const BUILT_IN: &str = "kubernetes.io/kube-apiserver-client";
@@ -214,6 +210,12 @@ impl Rig {
     }
 }
 
+/// Returns once a cleaner has looked for orphans.
+pub(super) async fn listed(metrics: &Metrics) {
+    let listed = r#"verb="list",result="ok",reason=""} "#;
+    eventually("a list", async || metrics.encode().contains(listed).then_some(())).await;
+}
+
 /// What the built-in signer signs.
 pub(super) fn client_auth() -> Usages {
     Usages::empty().with(Usage::DigitalSignature).with(Usage::ClientAuth)
@@ -249,12 +251,5 @@ pub(super) async fn may(cluster: &ControlPlane, namespace: &str, account: &str, 
 
 /// Gives a ServiceAccount these rules; returns the role's name.
 pub(super) async fn may_all(cluster: &ControlPlane, namespace: &str, account: &str, rules: Value) -> String {
-    let name = unique("role");
-    let _: ClusterRole = cluster.create(json!({"metadata": {"name": name}, "rules": rules})).await;
-    let _: ClusterRoleBinding = cluster
-        .create(json!({"metadata": {"name": name},
-            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": name},
-            "subjects": [{"kind": "ServiceAccount", "name": account, "namespace": namespace}]}))
-        .await;
-    name
+    cluster.allow(json!({"kind": "ServiceAccount", "name": account, "namespace": namespace}), rules).await
 }

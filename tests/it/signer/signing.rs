@@ -25,7 +25,7 @@ use tokio::{
 
 use super::{
     authority::{Authority, write},
-    rig::{BUILT_IN, Rig, agent, client_auth, grant},
+    rig::{BUILT_IN, Rig, agent, client_auth, grant, listed},
 };
 use crate::cluster::{Access, ControlPlane, unique};
 
@@ -147,6 +147,7 @@ async fn attempts_side_by_side_share_one_connection() {
     // As an agent does first. Requests that find no connection each open one, and all but one are closed again; the first
     // look for orphans may be such a one.
     Identity::ask(&rig.client).await.unwrap();
+    listed(&rig.metrics).await;
     let before = connections.load(Ordering::Relaxed);
     assert!(before <= 2, "{before}");
     let signer = rig.built_in();

@@ -102,6 +102,10 @@ func surviveRestart(ctx context.Context, client *workloadapi.Client) {
 	check(restart.Run() == nil, restart)
 	err := <-w.errors
 	check(status.Code(err) == codes.Unavailable, err)
+	// What came before the restart does not show that the watch was resumed.
+	for len(w.updates) > 0 {
+		before = <-w.updates
+	}
 	for {
 		select {
 		case after := <-w.updates:

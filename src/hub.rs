@@ -45,7 +45,7 @@ pub use following::Following;
 pub use state::Row;
 pub use subscription::{Event, Subscription};
 
-use entry::{Entry, Key};
+use entry::{Entry, Flight, Key};
 use queue::{Queue, Turn};
 use state::State;
 
@@ -235,7 +235,6 @@ impl Hub {
                 _ => return Ok(None),
             }
         };
-        self.0.wake.notify_one();
         Ok(Some(subscription.live().await?.after(after)))
     }
 
@@ -330,11 +329,16 @@ impl Hub {
 
     /// A follower of `id`, which must be there. An expired certificate is renewed at once.
     fn join(&self, state: &mut State, id: u128) -> Subscription {
-        let now = self.0.clock.now();
+        let (now, first_due) = (self.0.clock.now(), state.first_due());
         state.followed(id, now);
         let entry = &state.entries[&id];
         if entry.snapshot.borrow().live().is_some_and(|live| live.credential.not_after() <= now) {
             state.enqueue(id, Turn::AskedNow);
+        }
+        let sooner = first_due.is_none_or(|before| state.first_due().is_some_and(|first| first < before));
+        // Queued here, or by a decision just before.
+        if sooner || matches!(state.entries[&id].flight, Flight::Queued(..)) {
+            self.0.wake.notify_one();
         }
         Subscription::new(self.clone(), id, state.entries[&id].snapshot.subscribe())
     }

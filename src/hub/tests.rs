@@ -276,6 +276,27 @@ async fn an_entry_that_nobody_follows_is_forgotten_after_it_has_lingered() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_comes_back_needs_nobody_else_to_be_served() {
+    let bench = Bench::new();
+    let text = "apiVersion: csrd.dev/v1alpha1\nkind: CertificatePolicy\nmetadata: {name: short}\n\
+        spec: {match: {unix: {uids: [1]}}, allow: {dnsNames: [a.example.org], lifetime: {default: 8s, min: 8s}}}\n";
+    let sources = [Source { origin: "test".into(), text: text.into() }];
+    bench.policies.send_replace(Arc::new(PolicySet::parse(&sources, EMBEDDED).unwrap()));
+    let subscribe = || bench.subscribe(1, "a.example.org");
+    // After its end, and before its renewal.
+    for away in [9, 1] {
+        drop(subscribe().await.unwrap());
+        sleep(Duration::from_secs(away)).await;
+        let (before, mut back) = (bench.clock.now(), subscribe().await.unwrap());
+        let first = certificate(back.next().await);
+        let renewed = certificate(back.next().await);
+        assert!(renewed.credential.not_after() > first.credential.not_after());
+        let took = bench.clock.now().duration_since(before).unwrap();
+        assert!(took < Duration::from_secs(8), "away for {away} s: {took:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_certificate_that_policy_has_replaced_is_given_to_nobody_new() {
     let bench = Bench::new();
     let offering = |id: &str| {

@@ -11,6 +11,8 @@
 //! | `csrd_subscribers` | gauge | | open streams that follow a credential or a trust bundle |
 //! | `csrd_connections` | gauge | | open connections to the socket |
 //! | `csrd_connections_refused_total` | counter | `reason` | connections closed before they were served |
+//! | `csrd_account_held` | gauge | `kind` connections, bytes, calls, arriving, entries | what all callers hold of it |
+//! | `csrd_account_limit` | gauge | `kind` connections, bytes, entries | what they may hold together; it follows from memory and descriptors at the start |
 //! | `csrd_policy_loads_total` | counter | `result` ok, error | loads of the policy set; after an error the last good set stays |
 //! | `csrd_policy_generation` | gauge | | number of the policy set in force, from 1 |
 //! | `csrd_ca_not_after_seconds` | gauge | `signer` | end of the CA certificate in force, Unix time |
@@ -57,8 +59,14 @@ pub struct Metrics(Arc<Families>);
 pub enum ConnectionRefused {
     /// `TOO_MANY_CONNECTIONS`: its principal, or all together, have as many as they may.
     TooMany,
+    /// `TOO_MANY_BYTES`: its principal, or all together, hold as much memory as they may.
+    TooManyBytes,
+    /// `TOO_FAST`: its principal connects too often.
+    TooFast,
     /// `SILENT`: no whole request came in time.
     Silent,
+    /// `UNFINISHED`: a frame or a header block was begun and not ended in time.
+    Unfinished,
 }
 
 /// The metrics by name; see the table above.
@@ -86,6 +94,8 @@ pub struct Families {
     issuances: Family<SignerOutcome, Counter>,
     issuance_duration: Durations<SignerName>,
     connections_refused: Family<Reason, Counter>,
+    account_held: Family<Kind, Gauge>,
+    account_limit: Family<Kind, Gauge>,
     policy_loads: Family<LoadResult, Counter>,
     policy_generation: Gauge,
     ca_not_after: Family<SignerName, Timestamp>,
@@ -124,6 +134,8 @@ impl Metrics {
                 None,
                 Family::default(),
             ),
+            account_held: add(r, "account_held", "What all callers hold", None, Family::default()),
+            account_limit: add(r, "account_limit", "What all callers may hold together", None, Family::default()),
             policy_loads: add(r, "policy_loads", "Loads of the policy set", None, Family::default()),
             policy_generation: add(r, "policy_generation", "Number of the policy set in force", None, Gauge::default()),
             ca_not_after: add(
@@ -198,9 +210,20 @@ impl Families {
     pub fn connection_refused(&self, why: ConnectionRefused) {
         let reason = match why {
             ConnectionRefused::TooMany => "TOO_MANY_CONNECTIONS",
+            ConnectionRefused::TooManyBytes => "TOO_MANY_BYTES",
+            ConnectionRefused::TooFast => "TOO_FAST",
             ConnectionRefused::Silent => "SILENT",
+            ConnectionRefused::Unfinished => "UNFINISHED",
         };
         self.connections_refused.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// The gauge of what all callers hold of `kind`, of which they may hold `limit` together.
+    pub fn account(&self, kind: &'static str, limit: Option<usize>) -> Gauge {
+        if let Some(limit) = limit {
+            self.account_limit.get_or_create(&Kind { kind }).set(i64::try_from(limit).unwrap_or(i64::MAX));
+        }
+        self.account_held.get_or_create_owned(&Kind { kind })
     }
 
     /// A new policy set is in force.
@@ -318,6 +341,11 @@ struct Reason {
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Kind {
+    kind: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct LoadResult {
     result: &'static str,
 }
@@ -379,6 +407,7 @@ mod tests {
         metrics.decisions.bad("NO_POLICY");
         metrics.renewals.bad("SIGNER_UNAVAILABLE");
         metrics.connection_refused(ConnectionRefused::TooMany);
+        metrics.account("connections", Some(10)).set(2);
         metrics.policy_loaded(3);
         let signer = metrics.signer("embedded");
         signer.issued(Duration::from_millis(2));
@@ -415,6 +444,10 @@ mod tests {
         # TYPE csrd_connections gauge
         # HELP csrd_connections_refused Connections closed before they were served.
         # TYPE csrd_connections_refused counter
+        # HELP csrd_account_held What all callers hold.
+        # TYPE csrd_account_held gauge
+        # HELP csrd_account_limit What all callers may hold together.
+        # TYPE csrd_account_limit gauge
         # HELP csrd_policy_loads Loads of the policy set.
         # TYPE csrd_policy_loads counter
         # HELP csrd_policy_generation Number of the policy set in force.

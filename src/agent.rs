@@ -25,6 +25,7 @@ use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
+    account::{Account, Limits},
     attest::{self, Attestor, Pods, token::Tokens},
     clock::Clock,
     config::RateFile,
@@ -34,7 +35,7 @@ use crate::{
     proto::v1::certificate_service_server::SERVICE_NAME,
     rate::Rate,
     server::{
-        self, Engine, Server,
+        Engine, Server,
         admin::{Admin, Readiness},
         stop,
     },
@@ -68,8 +69,8 @@ pub struct Parts {
     pub signer_rate: Rate,
     /// Issuances of one workload's user.
     pub principal_rate: Rate,
-    /// Bounds on connections and streams.
-    pub limits: server::Limits,
+    /// Bounds on what callers hold.
+    pub limits: Limits,
     /// Seed of the renewal jitter.
     pub seed: u64,
     /// Counters and gauges.
@@ -169,6 +170,8 @@ pub async fn build(parts: Parts) -> Result<Bound, BuildError> {
     let attestor = Arc::new(attestor(parts.cluster).map_err(BuildError::OwnCgroup)?);
     let signers = parts.signers.clone();
     let default_signer = signers.first().map(|signer| signer.name().to_owned()).unwrap_or_default();
+    let operator_uid = rustix::process::geteuid().as_raw();
+    let account = Account::new(parts.limits, operator_uid, &parts.metrics);
     let hub = Hub::new(hub::Parts {
         clock: parts.clock,
         policies: policies.clone(),
@@ -176,6 +179,7 @@ pub async fn build(parts: Parts) -> Result<Bound, BuildError> {
         signers: parts.signers,
         signer_rate: parts.signer_rate,
         principal_rate: parts.principal_rate,
+        account: account.clone(),
         seed: parts.seed,
         metrics: parts.metrics.clone(),
     });
@@ -184,8 +188,8 @@ pub async fn build(parts: Parts) -> Result<Bound, BuildError> {
         hub: hub.clone(),
         attestor: attestor.clone(),
         default_signer,
-        operator_uid: rustix::process::geteuid().as_raw(),
-        limits: parts.limits,
+        operator_uid,
+        account,
         metrics: parts.metrics.clone(),
         stop: stop.clone(),
     };

@@ -18,13 +18,14 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::Instant;
+use tokio::{net::UnixStream, time::Instant};
 
 use self::{
     cgroup::View,
     cluster::Cluster,
     executable::Executables,
     names::Names,
+    owners::Owners,
     peer::{Observation, gone_or},
     proc::ProcHandle,
 };
@@ -36,13 +37,14 @@ pub use self::{
     token::{Token, TokenError, Tokens},
     workload::{Facts, PodFacts, UnixFacts, Workload},
 };
-use crate::clock::Clock;
+use crate::{account::Principal, clock::Clock};
 
 mod cgroup;
 mod cluster;
 mod executable;
 mod kernel;
 mod names;
+mod owners;
 mod peer;
 pub mod pods;
 mod proc;
@@ -71,6 +73,7 @@ pub struct Attestor {
     hash_executables: AtomicBool,
     users: Names,
     groups: Names,
+    owners: Owners,
 }
 
 /// One attestation of a peer.
@@ -103,6 +106,7 @@ impl Attestor {
             hash_executables: AtomicBool::new(false),
             users: Names::in_file("/etc/passwd"),
             groups: Names::in_file("/etc/group"),
+            owners: Owners::in_files("/etc/subuid", "/etc/passwd"),
         }
     }
 
@@ -173,11 +177,21 @@ impl Attestor {
         }
     }
 
-    /// Whom bounds are counted for, before the peer is attested: its pod, or else its user; `None` when that is unclear.
-    pub fn principal(&self, peer: &Peer) -> Option<u64> {
-        let user = Some(peer.uid().into());
+    /// Whom bounds are counted for, before anything else is known of who connected: its pod, or else its user, or the user
+    /// to whom that is subordinate; [`Principal::UNKNOWN`] when that is unclear. On a host it takes one system call.
+    ///
+    /// The process id may be another's by now. Then what is counted is counted for that one: bounds rest on this, rights
+    /// do not.
+    pub fn principal(&self, stream: &UnixStream) -> Principal {
+        let Ok(connected) = stream.peer_cred() else { return Principal::UNKNOWN };
+        let user = Principal::user(self.owners.of(connected.uid()));
         let Some(cluster) = &self.cluster else { return user };
-        cluster.principal(&peer.handle().cgroup().ok()?).map(|pod| pod.or(user)).ok()?
+        let pid = connected.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid > 0);
+        let cgroup = pid.and_then(|pid| ProcHandle::open(pid).and_then(|process| process.cgroup()).ok());
+        match cgroup.map(|cgroup| cluster.principal(&cgroup)) {
+            Some(Ok(pod)) => pod.unwrap_or(user),
+            Some(Err(_)) | None => Principal::UNKNOWN,
+        }
     }
 
     /// Whether processes of other pods than the agent's own have a number here: the first process is then the host's.
@@ -238,6 +252,7 @@ impl Attestor {
             user: self.users.of(status.uid),
             group: self.groups.of(status.gid),
             uid: status.uid,
+            owner: self.owners.of(status.uid),
             gid: status.gid,
             supplementary_gids: status.groups,
             executable: path,

@@ -30,6 +30,7 @@ use rand::{SeedableRng as _, rngs::StdRng};
 use tokio::sync::{Notify, watch};
 
 use crate::{
+    account::{Account, Full, Principal},
     attest::{Pods, Workload},
     clock::Clock,
     issue::IssueError,
@@ -53,10 +54,6 @@ use state::State;
 pub const LINGER: Duration = Duration::from_secs(300);
 /// Entries one principal may hold that nobody follows; the longest idle goes first.
 pub const MAX_IDLE_PER_PRINCIPAL: usize = 256;
-/// Entries one principal may hold in all; one more is refused.
-pub const MAX_ENTRIES_PER_PRINCIPAL: usize = 2048;
-/// Entries of all principals; one more is refused.
-pub const MAX_ENTRIES: usize = 32_768;
 /// Flights under way at once; more wait for their turn.
 pub const MAX_FLIGHTS: usize = 64;
 /// Flights of one principal under way at once: slow ones, as with large RSA keys, delay nobody else's.
@@ -88,6 +85,8 @@ pub struct Parts {
     pub signer_rate: Rate,
     /// Issuances asked for by one principal.
     pub principal_rate: Rate,
+    /// What each principal holds, and may hold.
+    pub account: Account,
     /// Seed of the renewal jitter.
     pub seed: u64,
     /// Counters and gauges.
@@ -104,7 +103,8 @@ struct Shared {
     pods: Option<Pods>,
     signers: BTreeMap<String, Signer>,
     metrics: Metrics,
-    principals: Buckets<u64>,
+    account: Account,
+    principals: Buckets<Principal>,
     /// Tells `run` that there is something to start or an earlier moment to wake at.
     wake: Notify,
     state: Mutex<State>,
@@ -166,6 +166,7 @@ impl Hub {
             pods: parts.pods,
             signers,
             metrics: parts.metrics,
+            account: parts.account,
             principals: Buckets::new(parts.principal_rate),
             wake: Notify::new(),
         }))
@@ -279,7 +280,9 @@ impl Hub {
             }
             Err(denial) => {
                 self.0.metrics.decisions.bad(denial.reason());
-                tracing::info!(%workload, reason = denial.reason(), %denial, "denied");
+                if let Some(left_out) = self.0.account.line(workload.principal()) {
+                    tracing::info!(%workload, reason = denial.reason(), %denial, left_out, "denied");
+                }
                 Err(HubError::Denied(Arc::new(denial)))
             }
         }
@@ -309,10 +312,11 @@ impl Hub {
             Ok(workload) => state.becomes(id, workload),
             Err(gone) => {
                 state.lost(id, gone.clone(), now);
+                self.publish_gauges(state);
                 return Some(gone);
             }
         }
-        state.redecide(id, &self.policies(), now)
+        state.redecide(id, &self.policies(), now).inspect(|_| self.publish_gauges(state))
     }
 
     /// What a workload is now, as far as it is told: a pod's facts change, and it ends. While nobody tells, it is what it
@@ -346,7 +350,7 @@ impl Hub {
     fn insert(&self, state: &mut State, entry: Entry) -> Result<Subscription, HubError> {
         self.signer(&entry.grant)?;
         let rx = entry.snapshot.subscribe();
-        let id = state.insert(entry)?;
+        let id = state.insert(entry, &self.0.account)?;
         // The workload may have changed since it was attested, and the sweep that this called for may be over.
         self.confirm(state, id)?;
         state.enqueue(id, Turn::AskedNow);
@@ -401,6 +405,20 @@ impl fmt::Debug for Hub {
     }
 }
 
+fn too_many(full: &Full) -> String {
+    match full {
+        Full::Own { held, max } => {
+            format!(
+                "{held} credentials are held by this workload's user, at most {max}; close streams that are no longer needed"
+            )
+        }
+        Full::All { held, max } => {
+            format!("{held} credentials are held by all workloads together, at most {max}; try again later")
+        }
+        Full::Of(_) => "all credentials are held by others; try again later".to_owned(),
+    }
+}
+
 /// Why the hub has no certificate for a caller.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum HubError {
@@ -429,15 +447,13 @@ pub enum HubError {
         retry_after: Duration,
     },
     /// The principal, or all together, hold as many credentials as the agent keeps.
-    #[error("{count} credentials are held by {holder}, at most {max}; close streams that are no longer needed")]
-    TooMany {
-        /// Who holds them.
-        holder: &'static str,
-        /// How many.
-        count: usize,
-        /// The bound.
-        max: usize,
-    },
+    #[error("{}", too_many(.0))]
+    TooMany(Full),
+    /// Another principal had none, and this one had most: its idlest was given up.
+    #[error(
+        "the agent has no room for more credentials, and this workload's user held most of them: this one was given up"
+    )]
+    GivenUp,
     /// The attempt failed.
     #[error(transparent)]
     Issue(Arc<IssueError>),
@@ -463,7 +479,7 @@ impl HubError {
             Self::PodGone(_) => "POD_GONE",
             Self::UnknownSigner { .. } => "SIGNER_UNKNOWN",
             Self::RateLimited { .. } => "RATE_LIMITED",
-            Self::TooMany { .. } => "TOO_MANY_CREDENTIALS",
+            Self::TooMany(_) | Self::GivenUp => "TOO_MANY_CREDENTIALS",
             Self::Issue(error) => error.reason(),
             Self::TimedOut => "SIGNER_TIMEOUT",
             Self::Lost => "ISSUANCE_LOST",

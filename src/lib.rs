@@ -37,9 +37,11 @@
 //! - Time is told by [`clock`] only, and the environment is read by [`config`] and [`cli`] only.
 //! - The runtime has one thread. A lock is held for a moment and never across an await; what blocks or computes for long
 //!   goes to a thread that may.
-//! - Whatever a caller can make grow has a bound, which is a named constant. What is beyond it is refused, with a reason
-//!   from the closed set in `server/refusal.rs`, or by the protocol's own error where the HTTP/2 stack judges it.
-//! - Secrets have no `Debug` that shows them, are wiped when dropped, and are in no log, span or error.
+//! - Everything a caller can make grow is bounded by a named constant and charged to its principal in [`account`]. What is
+//!   beyond it is refused, with a reason from the closed set in `server/refusal.rs`, or by the protocol's own error where
+//!   the HTTP/2 stack judges it.
+//! - Secrets have no `Debug` that shows them, are wiped when dropped, and are in no log, span or error. The buffers of the
+//!   HTTP/2 stack through which an answer goes out are not ours and are not wiped.
 //! - Everything stops: every answer ends at the stop, and each part has less time than what waits for it; see
 //!   [`server::stop`]. The first long-lived task to end, for whatever reason, stops the process.
 //!
@@ -64,16 +66,17 @@
 //! | `kubernetes` | `telemetry`, `backoff` |
 //! | `rate` | nothing of ours |
 //! | `x509` | `spiffe` |
-//! | `attest::workload` | nothing of ours |
+//! | `account` | `metrics` |
+//! | `attest::workload` | `account` |
 //! | `policy` | `x509`, `attest::workload` |
-//! | `attest` | `attest::workload`, `attest::pods`, `kubernetes`, `clock` |
+//! | `attest` | `account`, `attest::workload`, `attest::pods`, `kubernetes`, `clock` |
 //! | `attest::pods` | `attest`, `attest::workload`, `kubernetes`, `clock` |
 //! | `policy::watch` | `policy`, `files`, `metrics`, `kubernetes` |
 //! | `trust` | `x509`, `files`, `kubernetes` |
 //! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `kubernetes`, `metrics`, `backoff`, `telemetry` |
 //! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock` |
-//! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `rate`, `metrics`, `telemetry`, `attest::pods` |
-//! | `server` | `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `issue`, `hub`, `metrics`, `telemetry` |
+//! | `hub` | `account`, `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `rate`, `metrics`, `telemetry`, `attest::pods` |
+//! | `server` | `account`, `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `issue`, `hub`, `metrics`, `telemetry` |
 //! | `controller` | `attest::pods`, `attest::workload`, `policy`, `policy::watch`, `x509`, `signer`, `kubernetes`, `clock`, `backoff`, `rate`, `metrics`, `telemetry` |
 //! | `client` | `proto`, `socket`, `backoff`, `telemetry` |
 //! | `config` | `controller`, `policy`, `signer`, `files`, `socket`, `telemetry`, `kubernetes`, `trust` |
@@ -95,6 +98,7 @@
 
 #![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a test may spawn, and reads what its own fakes wrote"))]
 
+pub mod account;
 pub mod agent;
 pub mod attest;
 pub mod backoff;

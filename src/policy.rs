@@ -432,6 +432,7 @@ mod tests {
     fn facts() -> UnixFacts {
         UnixFacts {
             uid: 1000,
+            owner: 1000,
             gid: 100,
             supplementary_gids: vec![33],
             user: Some("web".to_owned()),

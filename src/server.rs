@@ -11,37 +11,31 @@ mod convert;
 mod credentials;
 mod identities;
 mod issuance;
-mod limits;
+mod message;
 mod methods;
 mod refusal;
 mod sds;
 pub mod stop;
+mod whole;
 mod workload_api;
 
-use std::{
-    convert::Infallible,
-    pin::{Pin, pin},
-    sync::Arc,
-    time::Duration,
-};
+use std::{convert::Infallible, pin::pin, sync::Arc, time::Duration};
 
-use hyper::{
-    HeaderMap, Request, Response, body::Incoming, header::AUTHORIZATION, server::conn::http2, service::service_fn,
-};
+use hyper::{Request, Response, body::Incoming, header::AUTHORIZATION, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::UnixListener,
+    net::{UnixListener, UnixStream},
     sync::Notify,
     task::JoinSet,
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Status, body::Body, service::Routes};
+use tonic::{Status, body::Body, service::Routes};
 use tower::Service as _;
-use tower_http::timeout::TimeoutBody;
 
 use crate::{
+    account::{Account, Kind, OpenCall, Pace, Place, Principal, Seat},
     attest::{AttestError, Attestor, Caller, Peer, PeerStream, Token, TokenError, Workload},
     hub::Hub,
     metrics::{ConnectionRefused, Metrics, counted},
@@ -55,11 +49,13 @@ use crate::{
 
 use authority::AuthorityStream;
 pub use identities::MAX_IDENTITIES;
-pub use limits::Limits;
-use limits::{Place, Seat, Tally};
+pub use message::MESSAGE_TIMEOUT;
+use message::Messages;
 use methods::Methods;
 use refusal::Refusal;
 pub use sds::{MAX_DISCOVERY_REQUEST_BYTES, MAX_SECRET_NAME_BYTES, MAX_SECRETS};
+pub use whole::FRAME_TIMEOUT;
+use whole::WholeFrames;
 
 /// Calls under way at once on one connection; hyper refuses one more with REFUSED_STREAM.
 pub const MAX_STREAMS_PER_CONNECTION: u32 = 128;
@@ -70,14 +66,10 @@ pub const MAX_HEADER_BYTES: u32 = 16 * 1024;
 pub const MAX_REQUEST_BYTES: usize = 256 * 1024;
 /// Bytes a client may send on one stream, or on all of a connection, before the agent has read them.
 pub const WINDOW_BYTES: u32 = 64 * 1024;
-/// Bytes hyper may hold for one stream that its client does not read; with every call of a principal, 32 MiB.
+/// Bytes hyper may hold for one stream that its client does not read, beside the last message.
 pub const MAX_UNSENT_BYTES: usize = 8 * 1024;
 /// How long a new connection may take to its first whole request header.
 pub const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a request's message may stall.
-pub const REQUEST_BODY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Stands for the principal of callers whose process or pod is unknown: they share one principal's bounds.
-const UNKNOWN: u64 = u64::MAX;
 /// How often a silent connection is asked whether its client still answers.
 pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(300);
 /// How long it may take to answer.
@@ -97,8 +89,8 @@ pub struct Engine {
     pub default_signer: String,
     /// User that may see all credentials, beside root: the agent's own.
     pub operator_uid: u32,
-    /// Bounds for each principal and all together.
-    pub limits: Limits,
+    /// What each principal holds, and may hold.
+    pub account: Account,
     /// Counters and gauges.
     pub metrics: Metrics,
     /// Ends every stream when it is cancelled.
@@ -111,15 +103,15 @@ pub struct Server {
     routes: Routes,
     attestor: Arc<Attestor>,
     methods: Arc<Methods>,
-    tally: Tally,
+    account: Account,
     metrics: Metrics,
     stop: CancellationToken,
 }
 
 /// What a call knows of the connection it came on.
 struct Connection {
-    /// Who bears the bounds on what it holds.
-    principal: u64,
+    /// Its place, and who bears the bounds on what it holds.
+    seat: Arc<Seat>,
     /// Why no call of this connection is served, if so.
     caller: Result<Caller, AttestError>,
     /// Notified at the first whole request.
@@ -140,7 +132,7 @@ impl Server {
     /// A server over `engine`; `health` is the grpc.health.v1 service that the agent keeps up to date.
     pub fn new(engine: Engine, health: Routes) -> Self {
         let (attestor, metrics, stop) = (engine.attestor.clone(), engine.metrics.clone(), engine.stop.clone());
-        let tally = Tally::new(engine.limits);
+        let account = engine.account.clone();
         let engine = Arc::new(engine);
         let issuance = issuance::Issuance::new(engine.clone());
         let issuance = v1::certificate_service_server::CertificateServiceServer::new(issuance)
@@ -170,7 +162,7 @@ impl Server {
             .add_service(reflection().build_v1().expect("our own descriptors are valid"))
             .add_service(reflection().build_v1alpha().expect("our own descriptors are valid"))
             .prepare();
-        Self { routes, attestor, methods: Arc::new(methods), tally, metrics, stop }
+        Self { routes, attestor, methods: Arc::new(methods), account, metrics, stop }
     }
 
     /// Accepts connections until the stop, then gives them [`stop::SERVER`].
@@ -182,29 +174,9 @@ impl Server {
                 Some(_) = connections.join_next() => {}
                 accepted = listener.accept() => match accepted {
                     Ok((stream, _)) => {
-                        let peer = Peer::of(&stream, &self.attestor).map(Arc::new);
-                        let principal = peer.as_ref().ok().and_then(|peer| self.attestor.principal(peer));
-                        let principal = principal.unwrap_or(UNKNOWN);
-                        let Some(seat) = self.tally.connection(principal) else {
-                            self.metrics.connection_refused(ConnectionRefused::TooMany);
-                            continue;
-                        };
-                        let server = self.clone();
-                        connections.spawn(async move {
-                            let _counted = counted(&server.metrics.connections);
-                            match peer {
-                                Ok(peer) => {
-                                    let caller = Caller::Peer(peer.clone());
-                                    let stream = PeerStream::new(stream, &peer);
-                                    let served = pin!(server.connection(stream, principal, Ok(caller)));
-                                    server.until_taken(&seat, served).await;
-                                }
-                                Err(error) => {
-                                    let served = pin!(server.connection(stream, principal, Err(error)));
-                                    server.until_taken(&seat, served).await;
-                                }
-                            }
-                        });
+                        if let Some(served) = self.accepted(stream) {
+                            connections.spawn(served);
+                        }
                     }
                     Err(error) => {
                         tracing::warn!(%error, "cannot accept a connection");
@@ -220,22 +192,40 @@ impl Server {
         }
     }
 
-    /// Serves a connection until it ends or somebody else needs its place more.
-    async fn until_taken(&self, seat: &Seat, connection: Pin<&mut impl Future<Output = ()>>) {
-        tokio::select! {
-            () = connection => {}
-            () = seat.taken() => self.metrics.connection_refused(ConnectionRefused::TooMany),
+    /// What serves a connection that was accepted; `None` if its principal connects too often. That is asked first: it
+    /// takes one system call on a host, and all that comes after it takes a dozen.
+    fn accepted(&self, stream: UnixStream) -> Option<impl Future<Output = ()> + use<>> {
+        let principal = self.attestor.principal(&stream);
+        if self.account.check(Pace::Connects, principal, 1).is_err() {
+            self.metrics.connection_refused(ConnectionRefused::TooFast);
+            return None;
         }
+        let peer = Peer::of(&stream, &self.attestor).map(Arc::new);
+        let server = self.clone();
+        Some(async move {
+            let _counted = counted(&server.metrics.connections);
+            match peer {
+                Ok(peer) => {
+                    let caller = Caller::Peer(peer.clone());
+                    server.connection(PeerStream::new(stream, &peer), principal, Ok(caller)).await;
+                }
+                Err(error) => server.connection(stream, principal, Err(error)).await,
+            }
+        })
     }
 
-    /// Serves one connection until it closes, its process exits, or the stop.
+    /// Serves one connection until it closes, its process exits, its place is given to another principal, or the stop.
     ///
     /// A caller that cannot be attested is still served, so that each of its calls is told why.
-    pub async fn connection<IO>(&self, io: IO, principal: u64, caller: Result<Caller, AttestError>)
+    pub async fn connection<IO>(&self, io: IO, principal: Principal, caller: Result<Caller, AttestError>)
     where
         IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let connection = Arc::new(Connection { principal, caller, spoke: Notify::new() });
+        let Ok(seat) = self.account.seat(principal) else {
+            return self.metrics.connection_refused(ConnectionRefused::TooMany);
+        };
+        let io = WholeFrames::new(io, seat.clone(), self.metrics.clone());
+        let connection = Arc::new(Connection { seat: seat.clone(), caller, spoke: Notify::new() });
         let service = service_fn(|request| self.call(request, &connection));
         let served = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
@@ -267,10 +257,11 @@ impl Server {
                 if let Ok(caller) = &connection.caller
                     && let Some(error) = caller.passed()
                 {
-                    refused(&self.metrics, error);
+                    refused(&self.metrics, &seat, error);
                 }
                 return;
             }
+            () = seat.given_up() => return self.metrics.connection_refused(ConnectionRefused::TooMany),
             () = gone => return,
             () = silent => return self.metrics.connection_refused(ConnectionRefused::Silent),
             () = self.stop.cancelled() => {}
@@ -287,25 +278,25 @@ impl Server {
         connection: &Arc<Connection>,
     ) -> impl Future<Output = Result<Response<Body>, Infallible>> + Send + use<> {
         connection.spoke.notify_one();
-        let answer = self.admit(connection.principal).map(|(arriving, open)| {
+        let answer = self.admit(&connection.seat).map(|(arriving, open)| {
             let mut request = request;
             let token =
                 Token::in_headers(request.headers().get_all(AUTHORIZATION).iter().map(|value| value.as_bytes()));
             request.headers_mut().remove(AUTHORIZATION);
             let span = telemetry::rpc_span(request.headers(), self.methods.known(request.uri().path()));
-            let stall = if sds::goes_on(request.uri().path()) { Duration::MAX } else { REQUEST_BODY_TIMEOUT };
-            let mut request = request.map(|body| TimeoutBody::new(stall, body));
+            let goes_on = sds::goes_on(request.uri().path());
+            let mut request = request.map(|body| Messages::new(body, connection.seat.clone(), goes_on));
             let arrival = Arrival { connection: connection.clone(), span, token, _place: Arc::new(arriving) };
             request.extensions_mut().insert(arrival);
             // Routes are always ready.
             (self.routes.clone().call(request), open)
         });
-        let (stop, charge) = (self.stop.clone(), Charge { tally: self.tally.clone(), principal: connection.principal });
+        let stop = self.stop.clone();
         async move {
             let refusal = match answer {
                 Ok((answer, open)) => tokio::select! {
                     biased;
-                    answer = answer => return answer.map(|response| stop::bounded(response, &stop, open, charge)),
+                    answer = answer => return answer.map(|response| stop::bounded(response, &stop, open)),
                     () = stop::calls_given_up(&stop) => Refusal::stopping(),
                 },
                 Err(refusal) => refusal,
@@ -314,37 +305,17 @@ impl Server {
         }
     }
 
-    /// Places for a call of `principal`: one while its request arrives, and one until it has been answered.
-    fn admit(&self, principal: u64) -> Result<(Place, Place), Refusal> {
-        let wait = self.tally.wait(principal);
+    /// Places for a call: one while its request arrives, and one until it has been answered.
+    fn admit(&self, seat: &Arc<Seat>) -> Result<(Place, OpenCall), Refusal> {
+        let principal = seat.principal();
+        let wait = self.account.wait(Pace::Refusals, principal);
         if !wait.is_zero() {
             return Err(Refusal::too_many_refusals(wait));
         }
-        let limits = self.tally.limits();
-        let arriving = self.tally.arriving(principal);
-        let arriving = arriving.ok_or_else(|| Refusal::too_many_arriving(limits.arriving_per_principal))?;
-        let open = self.tally.stream(principal);
-        let open = open.ok_or_else(|| Refusal::too_many_streams(limits.streams_per_principal))?;
+        let arriving = self.account.take(Kind::Arriving, principal);
+        let arriving = arriving.map_err(|full| Refusal::full(Kind::Arriving, full))?;
+        let open = seat.call().map_err(|(kind, full)| Refusal::full(kind, full))?;
         Ok((arriving, open))
-    }
-}
-
-/// Counts the refusals among one principal's answers.
-struct Charge {
-    tally: Tally,
-    principal: u64,
-}
-
-impl Charge {
-    /// Looks at the end of an answer, in its headers or its trailers.
-    fn look(&self, headers: &HeaderMap) {
-        let refused = Status::from_header_map(headers).is_some_and(|status| {
-            use Code::{InvalidArgument, NotFound, OutOfRange, PermissionDenied, ResourceExhausted};
-            matches!(status.code(), InvalidArgument | NotFound | OutOfRange | PermissionDenied | ResourceExhausted)
-        });
-        if refused {
-            self.tally.refused(self.principal);
-        }
     }
 }
 
@@ -353,7 +324,7 @@ impl Arrival {
     async fn workload(&self, engine: &Engine) -> Result<Arc<Workload>, Refusal> {
         let workload = self.connection.workload(engine).await?;
         let confirmed = engine.attestor.confirm(&workload, &self.token).await;
-        confirmed.map_err(|error| refused(&engine.metrics, &error))?;
+        confirmed.map_err(|error| refused(&engine.metrics, &self.connection.seat, &error))?;
         Ok(workload)
     }
 }
@@ -363,16 +334,18 @@ impl Connection {
     async fn workload(&self, engine: &Engine) -> Result<Arc<Workload>, Refusal> {
         let attested = match &self.caller {
             Ok(caller) => caller.attest(&engine.attestor).await,
-            Err(error) => return Err(refused(&engine.metrics, error)),
+            Err(error) => return Err(refused(&engine.metrics, &self.seat, error)),
         };
-        attested.inspect(|_| engine.metrics.attest.good()).map_err(|error| refused(&engine.metrics, &error))
+        attested.inspect(|_| engine.metrics.attest.good()).map_err(|error| refused(&engine.metrics, &self.seat, &error))
     }
 }
 
 /// Counts and logs a caller that cannot be attested; returns what it is told.
-fn refused(metrics: &Metrics, error: &AttestError) -> Refusal {
+fn refused(metrics: &Metrics, seat: &Seat, error: &AttestError) -> Refusal {
     metrics.attest.bad(error.reason());
-    tracing::warn!(reason = error.reason(), %error, "caller refused");
+    if let Some(left_out) = seat.account().line(seat.principal()) {
+        tracing::warn!(reason = error.reason(), %error, left_out, "caller refused");
+    }
     Refusal::from(error)
 }
 

@@ -6,8 +6,8 @@ use super::{
     AttestError, Pods, Workload,
     cgroup::{Place, View},
     token::{Token, TokenError, Tokens},
-    workload::principal_of_pod,
 };
+use crate::account::Principal;
 
 /// The cluster that this agent's node is part of.
 #[derive(Debug)]
@@ -44,11 +44,11 @@ impl Cluster {
     }
 
     /// Whom bounds are counted for, before anybody is attested; `None` for the user.
-    pub(super) fn principal(&self, cgroup: &str) -> Result<Option<u64>, AttestError> {
+    pub(super) fn principal(&self, cgroup: &str) -> Result<Option<Principal>, AttestError> {
         Ok(match self.view.place(cgroup)? {
             Place::Host => None,
-            Place::Pod(process) => Some(principal_of_pod(&process.uid)),
-            Place::Own => Some(principal_of_pod(self.own_pod.as_deref().unwrap_or_default())),
+            Place::Pod(process) => Some(Principal::pod(&process.uid)),
+            Place::Own => Some(Principal::pod(self.own_pod.as_deref().unwrap_or_default())),
         })
     }
 

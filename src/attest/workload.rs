@@ -7,9 +7,10 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    hash::{DefaultHasher, Hash, Hasher as _},
     net::IpAddr,
 };
+
+use crate::account::Principal;
 
 /// An attested workload.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -32,6 +33,8 @@ pub enum Facts {
 pub struct UnixFacts {
     /// Effective user id at the time of the call.
     pub uid: u32,
+    /// The user to whom `uid` is subordinate (subuid(5)), or else `uid`: who bears the bounds.
+    pub owner: u32,
     /// Effective group id at the time of the call.
     pub gid: u32,
     /// Supplementary group ids, sorted, without duplicates.
@@ -97,10 +100,10 @@ impl Workload {
     }
 
     /// Whom bounds are counted for: the user, of whom one may run any number of processes, or the pod.
-    pub fn principal(&self) -> u64 {
+    pub fn principal(&self) -> Principal {
         match &self.facts {
-            Facts::Process(unix) => unix.uid.into(),
-            Facts::Pod(pod) => principal_of_pod(&pod.uid),
+            Facts::Process(unix) => Principal::user(unix.owner),
+            Facts::Pod(pod) => Principal::pod(&pod.uid),
         }
     }
 
@@ -113,13 +116,6 @@ impl Workload {
             _ => false,
         }
     }
-}
-
-/// The bounds' name for a pod; never a user's, which has 32 bits.
-pub(super) fn principal_of_pod(uid: &str) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    uid.hash(&mut hasher);
-    hasher.finish() | 1 << 63
 }
 
 impl UnixFacts {
@@ -242,6 +238,7 @@ impl Workload {
     pub fn of_uid(uid: u32) -> Self {
         Self::for_test(UnixFacts {
             uid,
+            owner: uid,
             gid: uid,
             supplementary_gids: vec![uid],
             user: None,

@@ -19,12 +19,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Exit, UsageError};
 use crate::{
+    account::{Limits, memory_limit},
     agent::{self, Parts},
     clock::Clock,
     config::{Config, Mode, Overrides, otel_variables},
     metrics::Metrics,
     policy::watch::PolicyFiles,
-    server::{Limits, admin::Readiness},
+    server::admin::Readiness,
     signer::{
         Sign,
         embedded::{self, Embedded},
@@ -105,7 +106,7 @@ async fn parts(config: Config, descriptors: usize, stop: CancellationToken) -> a
         signers: Vec::new(),
         signer_rate: config.limits.all.into(),
         principal_rate: config.limits.per_workload.into(),
-        limits: Limits::for_descriptors(descriptors),
+        limits: limits(descriptors),
         seed: rand::random(),
         metrics: metrics.clone(),
         readiness: Readiness::new(),
@@ -131,6 +132,15 @@ async fn parts(config: Config, descriptors: usize, stop: CancellationToken) -> a
         }
     }
     Ok(Some(parts))
+}
+
+/// What callers may hold, by the memory and the descriptors that this process may use.
+fn limits(descriptors: usize) -> Limits {
+    let (memory, from) = memory_limit();
+    let limits = Limits::of(memory, descriptors);
+    let Limits { connections, bytes, entries, .. } = limits;
+    tracing::info!(memory, from, descriptors, connections, bytes, entries, "what callers may hold together");
+    limits
 }
 
 /// Logs to stderr, and traces if an `OTEL_*` variable names a collector.

@@ -20,6 +20,7 @@ use tokio_stream::StreamExt as _;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    account::Limits,
     agent::{self, Parts},
     client::{Certificate, Client, Event},
     clock::Clock,
@@ -27,7 +28,7 @@ use crate::{
     metrics::Metrics,
     policy::{EMBEDDED, PolicySet, Source},
     proto::v1,
-    server::{Limits, admin::Readiness},
+    server::admin::Readiness,
     signer::{
         Sign,
         embedded::{self, Embedded},

@@ -122,6 +122,7 @@ impl ProcessArgs {
         supplementary_gids.dedup();
         Facts::Process(UnixFacts {
             uid,
+            owner: uid,
             gid,
             supplementary_gids,
             user: self.user,

@@ -7,6 +7,7 @@ use tokio::sync::watch;
 
 use super::{Held, HubError, Progress, queue::Turn};
 use crate::{
+    account::Place,
     attest::Workload,
     issue::Credential,
     policy::{Ask, Grant, PolicySet},
@@ -50,6 +51,8 @@ pub(super) struct Entry {
     /// The trace of the last flight.
     pub(super) trace: Option<SpanContext>,
     pub(super) snapshot: watch::Sender<Snapshot>,
+    /// What its principal holds of the hub's room; none until it is taken in.
+    pub(super) place: Option<Place>,
 }
 
 /// Where an entry stands with its signer; at most one flight at a time.
@@ -132,6 +135,7 @@ impl Entry {
             origin: telemetry::current(),
             trace: None,
             snapshot: watch::Sender::new(Snapshot::Pending),
+            place: None,
         }
     }
 

@@ -13,6 +13,7 @@ use tracing::Instrument as _;
 
 use super::{FLIGHT_TIMEOUT, Hub, HubError, MAX_FLIGHTS, MAX_SLEEP, STOP_GRACE, Step, entry::Flight};
 use crate::{
+    account::{Account, Principal},
     attest::{Pods, Workload},
     issue::{self, Credential},
     metrics::Metrics,
@@ -32,7 +33,7 @@ struct Flights {
 /// Whose a flight is, and for what; its entry may be gone, or granted something else, when it lands.
 struct Owner {
     id: u128,
-    principal: u64,
+    principal: Principal,
     grant: Grant,
 }
 
@@ -57,7 +58,11 @@ impl Hub {
                 Some((signer, bundle)) = bundles.next() => self.bundle_changed(&signer, &bundle),
                 () = self.0.wake.notified() => {}
                 () = jumps.next() => tracing::info!("the clock has jumped; what is due is looked at again"),
-                () = sleep(wait) => self.lock().fire(self.0.clock.now()),
+                () = sleep(wait) => {
+                    let mut state = self.lock();
+                    state.fire(self.0.clock.now());
+                    self.publish_gauges(&state);
+                }
             }
         }
         let land_all = async {
@@ -109,7 +114,7 @@ impl Hub {
         };
         entry.trace = span.in_scope(telemetry::current);
         let progress = entry.progress.take();
-        let metrics = self.0.metrics.clone();
+        let (metrics, account) = (self.0.metrics.clone(), self.0.account.clone());
         let flight = async move {
             let (signer, signer_metrics) = signer?;
             let told = move |stage: Stage| {
@@ -127,7 +132,7 @@ impl Hub {
                 Ok(_) => signer_metrics.issued(began.elapsed()),
                 Err(error) => signer_metrics.failed(error.reason(), began.elapsed()),
             }
-            report(&workload, signer.name(), renewal.then_some(&metrics), &outcome);
+            report(&account, &workload, signer.name(), renewal.then_some(&metrics), &outcome);
             outcome
         };
         flight.instrument(span)
@@ -158,8 +163,11 @@ impl Hub {
     fn sweep(&self) {
         let mut state = self.lock();
         for id in state.entries.keys().copied().collect::<Vec<_>>() {
-            if let Some(lost) = self.revise(&mut state, id) {
-                tracing::info!(reason = lost.reason(), "a credential lost its right");
+            let principal = state.entries.get(&id).map(|entry| entry.workload.principal());
+            if let Some(lost) = self.revise(&mut state, id)
+                && let Some(left_out) = principal.and_then(|principal| self.0.account.line(principal))
+            {
+                tracing::info!(reason = lost.reason(), left_out, "a credential lost its right");
             }
         }
         self.publish_gauges(&state);
@@ -179,20 +187,29 @@ async fn pods_changed(pods: &mut Option<watch::Receiver<u64>>) {
 }
 
 /// Logs how a flight ended, within its span, and counts it if it was a renewal.
-fn report(workload: &Workload, signer: &str, renewal: Option<&Metrics>, outcome: &Result<Credential, HubError>) {
-    match (outcome, renewal) {
-        (Ok(_), None) => tracing::info!(%workload, signer, "certificate issued"),
-        (Ok(_), Some(metrics)) => {
-            metrics.renewals.good();
-            tracing::info!(%workload, signer, "certificate renewed");
-        }
-        (Err(error), None) => {
-            tracing::warn!(%workload, signer, reason = error.reason(), error = with_causes(error), "not issued");
-        }
-        (Err(error), Some(metrics)) => {
-            metrics.renewals.bad(error.reason());
+fn report(
+    account: &Account,
+    workload: &Workload,
+    signer: &str,
+    renewal: Option<&Metrics>,
+    outcome: &Result<Credential, HubError>,
+) {
+    if let (Ok(_), Some(metrics)) = (outcome, renewal) {
+        metrics.renewals.good();
+    } else if let (Err(error), Some(metrics)) = (outcome, renewal) {
+        metrics.renewals.bad(error.reason());
+    }
+    let Some(left_out) = account.line(workload.principal()) else { return };
+    match (outcome, renewal.is_some()) {
+        (Ok(_), false) => tracing::info!(%workload, signer, left_out, "certificate issued"),
+        (Ok(_), true) => tracing::info!(%workload, signer, left_out, "certificate renewed"),
+        (Err(error), false) => {
             let (reason, error) = (error.reason(), with_causes(error));
-            tracing::warn!(%workload, signer, reason, error, "not renewed; the old certificate stays");
+            tracing::warn!(%workload, signer, reason, error, left_out, "not issued");
+        }
+        (Err(error), true) => {
+            let (reason, error) = (error.reason(), with_causes(error));
+            tracing::warn!(%workload, signer, reason, error, left_out, "not renewed; the old certificate stays");
         }
     }
 }

@@ -6,7 +6,10 @@ use std::{
 };
 
 use super::MAX_FLIGHTS_PER_PRINCIPAL;
-use crate::rate::{Bucket, Rate};
+use crate::{
+    account::Principal,
+    rate::{Bucket, Rate},
+};
 
 /// The order of flights that wait: whoever is waiting for an answer first, then renewals by the end of what they renew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -20,7 +23,7 @@ pub(super) enum Turn {
 /// Flights that wait for a token: the best turn first, and among equal turns the principal that was served longest ago,
 /// so that one principal's hundred requests do not stand before another's one.
 pub(super) struct Queue {
-    lines: HashMap<u64, Line>,
+    lines: HashMap<Principal, Line>,
     counter: u64,
     bucket: Bucket,
 }
@@ -40,13 +43,13 @@ impl Queue {
     }
 
     /// Puts `id` behind those of its principal with the same turn; returns its rank among them.
-    pub(super) fn push(&mut self, principal: u64, turn: Turn, id: u128) -> u64 {
+    pub(super) fn push(&mut self, principal: Principal, turn: Turn, id: u128) -> u64 {
         self.counter += 1;
         self.lines.entry(principal).or_default().waiting.insert((turn, self.counter), id);
         self.counter
     }
 
-    pub(super) fn remove(&mut self, principal: u64, turn: Turn, rank: u64) {
+    pub(super) fn remove(&mut self, principal: Principal, turn: Turn, rank: u64) {
         if let Some(line) = self.lines.get_mut(&principal) {
             line.waiting.remove(&(turn, rank));
         }
@@ -66,7 +69,7 @@ impl Queue {
     }
 
     /// A flight of `principal` has ended.
-    pub(super) fn landed(&mut self, principal: u64) {
+    pub(super) fn landed(&mut self, principal: Principal) {
         if let Some(line) = self.lines.get_mut(&principal) {
             line.under_way -= 1;
         }
@@ -79,7 +82,7 @@ impl Queue {
         self.lines.is_empty()
     }
 
-    fn sweep(&mut self, principal: u64) {
+    fn sweep(&mut self, principal: Principal) {
         if self.lines.get(&principal).is_some_and(|line| line.waiting.is_empty() && line.under_way == 0) {
             self.lines.remove(&principal);
         }

@@ -9,11 +9,12 @@ use std::{
 use rand::{Rng as _, rngs::StdRng};
 
 use super::{
-    HubError, LINGER, MAX_ENTRIES, MAX_ENTRIES_PER_PRINCIPAL, MAX_IDLE_PER_PRINCIPAL, RENEW_WINDOW,
+    HubError, LINGER, MAX_IDLE_PER_PRINCIPAL, RENEW_WINDOW,
     entry::{Delay, Entry, Flight, Key, Live, Snapshot},
     queue::{Queue, Turn},
 };
 use crate::{
+    account::{Account, Full, Kind, Principal},
     attest::Workload,
     backoff::Backoff,
     issue::Credential,
@@ -32,11 +33,9 @@ pub(super) struct State {
     /// Entries by the moment at which they need a look.
     due: BTreeSet<(SystemTime, u128)>,
     /// Entries without followers, by principal and since when.
-    idle: HashMap<u64, BTreeSet<(SystemTime, u128)>>,
+    idle: HashMap<Principal, BTreeSet<(SystemTime, u128)>>,
     /// Ends of the certificates in force.
     expiries: BTreeSet<(SystemTime, u128)>,
-    /// Entries of each principal.
-    held: HashMap<u64, usize>,
     sequence: u64,
     rng: StdRng,
 }
@@ -63,7 +62,6 @@ impl State {
             due: BTreeSet::new(),
             idle: HashMap::new(),
             expiries: BTreeSet::new(),
-            held: HashMap::new(),
             sequence: 0,
             rng,
         }
@@ -74,32 +72,46 @@ impl State {
         self.shared.get(key).copied()
     }
 
-    /// Takes in a new entry under a random id, within the bounds on entries.
-    pub(super) fn insert(&mut self, entry: Entry) -> Result<u128, HubError> {
+    /// Takes in a new entry under a random id, if its principal may have one more. Where all are taken, the largest holder
+    /// gives up one: the longest idle, or else one that it follows.
+    pub(super) fn insert(&mut self, mut entry: Entry, account: &Account) -> Result<u128, HubError> {
         let principal = entry.workload.principal();
-        let idle = self.idle.get(&principal).filter(|idle| idle.len() >= MAX_IDLE_PER_PRINCIPAL);
-        if let Some(&(_, longest_idle)) = idle.and_then(BTreeSet::first) {
-            self.forget(longest_idle);
-        }
-        let count = self.held.get(&principal).copied().unwrap_or(0);
-        if count >= MAX_ENTRIES_PER_PRINCIPAL {
-            return Err(HubError::TooMany { holder: "this workload", count, max: MAX_ENTRIES_PER_PRINCIPAL });
-        }
-        if self.entries.len() >= MAX_ENTRIES {
-            let count = self.entries.len();
-            return Err(HubError::TooMany { holder: "all workloads together", count, max: MAX_ENTRIES });
-        }
+        let place = loop {
+            match account.take(Kind::Entries, principal) {
+                Ok(place) => break place,
+                // What it holds idle is the first that a principal gives up for itself.
+                Err(Full::Own { .. }) if self.forget_longest_idle(principal) => {}
+                Err(Full::Of(largest)) if self.give_up_one(largest) => {}
+                Err(full) => return Err(HubError::TooMany(full)),
+            }
+        };
+        entry.place = Some(place);
         let id = self.rng.random::<u128>();
         if let Some(key) = &entry.shared {
             self.shared.insert(key.clone(), id);
         }
-        *self.held.entry(principal).or_default() += 1;
         self.entries.insert(id, entry);
         Ok(id)
     }
 
+    /// Makes room for another principal; false if `principal` holds nothing.
+    fn give_up_one(&mut self, principal: Principal) -> bool {
+        if self.forget_longest_idle(principal) {
+            return true;
+        }
+        let of_principal = self.entries.iter().find(|(_, entry)| entry.workload.principal() == principal);
+        let Some(id) = of_principal.map(|(id, _)| *id) else { return false };
+        self.end(id, Snapshot::Failed(HubError::GivenUp));
+        true
+    }
+
+    fn forget_longest_idle(&mut self, principal: Principal) -> bool {
+        let longest_idle = self.idle.get(&principal).and_then(BTreeSet::first).map(|(_, id)| *id);
+        longest_idle.map(|id| self.forget(id)).is_some()
+    }
+
     /// An entry that was idle since then is so no more.
-    fn idle_ended(&mut self, principal: u64, since: SystemTime, id: u128) {
+    fn idle_ended(&mut self, principal: Principal, since: SystemTime, id: u128) {
         if let Some(idle) = self.idle.get_mut(&principal) {
             idle.remove(&(since, id));
             if idle.is_empty() {
@@ -127,12 +139,6 @@ impl State {
         if let Some(live) = entry.snapshot.borrow().live() {
             self.expiries.remove(&(live.credential.not_after(), id));
         }
-        if let Some(count) = self.held.get_mut(&principal) {
-            *count -= 1;
-            if *count == 0 {
-                self.held.remove(&principal);
-            }
-        }
     }
 
     /// Drops an entry; its followers see `last` and nothing after it.
@@ -158,8 +164,14 @@ impl State {
         let Some(entry) = self.entries.get_mut(&id) else { return };
         if entry.snapshot.receiver_count() <= 1 && entry.idle_since.is_none() {
             entry.idle_since = Some(now);
-            self.idle.entry(entry.workload.principal()).or_default().insert((now, id));
+            let principal = entry.workload.principal();
+            let idle = self.idle.entry(principal).or_default();
+            idle.insert((now, id));
+            let too_many = idle.len() > MAX_IDLE_PER_PRINCIPAL;
             self.reschedule(id, now);
+            if too_many {
+                self.forget_longest_idle(principal);
+            }
         }
     }
 
@@ -345,7 +357,6 @@ impl State {
             && self.due.is_empty()
             && self.idle.is_empty()
             && self.expiries.is_empty()
-            && self.held.is_empty()
     }
 
     /// Changes the published state of a live entry.

@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::{
+    account::Limits,
     attest::{PodFacts, pods::Scope},
     policy::{EMBEDDED, Source},
     signer::{SignError, Signing, SigningRequest, embedded, kubernetes},
@@ -92,6 +93,14 @@ impl Bench {
     }
 
     fn with_rates(signer: u32, principal: u32) -> Self {
+        Self::with(signer, principal, Limits::default())
+    }
+
+    fn with_limits(limits: Limits) -> Self {
+        Self::with(1_000_000, 1_000_000, limits)
+    }
+
+    fn with(signer: u32, principal: u32, limits: Limits) -> Self {
         let clock = Clock::paused(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
         let metrics = Metrics::new();
         let ca = embedded::Embedded::ephemeral(embedded::DEFAULT_CA_LIFETIME, &clock, metrics.signer("embedded"));
@@ -115,6 +124,7 @@ impl Bench {
             signers: vec![signer.clone()],
             signer_rate,
             principal_rate: rate(principal),
+            account: Account::new(limits, 0, &metrics),
             seed: 7,
             metrics,
         });
@@ -430,6 +440,7 @@ async fn a_lost_flight_fails_its_own_caller_only() {
         signers: vec![Arc::new(Panics(watch::Sender::new(bundle)))],
         signer_rate: rate(100),
         principal_rate: rate(100),
+        account: Account::new(Limits::default(), 0, &Metrics::new()),
         seed: 1,
         metrics: Metrics::new(),
     });

@@ -242,6 +242,7 @@ mod tests {
     fn facts() -> UnixFacts {
         UnixFacts {
             uid: 1000,
+            owner: 1000,
             gid: 1000,
             supplementary_gids: vec![33, 1000],
             user: Some("web".to_owned()),

@@ -370,6 +370,7 @@ mod tests {
     fn facts(user: &str) -> UnixFacts {
         UnixFacts {
             uid: 1000,
+            owner: 1000,
             gid: 33,
             supplementary_gids: Vec::new(),
             user: Some(user.to_owned()),

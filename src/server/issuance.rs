@@ -19,7 +19,17 @@ use super::{
     refusal::{Refusal, SIGNER_UNKNOWN_CODE},
     stop,
 };
-use crate::{metrics::counted, policy, proto::v1, telemetry};
+use crate::{
+    account::Pace,
+    attest::Workload,
+    metrics::counted,
+    policy::{self, PolicySet},
+    proto::v1,
+    telemetry,
+};
+
+/// Policies that are few enough for the thread that serves to look at all of them.
+const POLICIES_VIEWED_AT_ONCE: usize = 8;
 
 /// The service.
 pub(super) struct Issuance {
@@ -38,17 +48,34 @@ impl Issuance {
         let arrival = Arrival::of(request);
         Call::prove(&self.engine, &arrival).await.map_err(|refusal| ended(&arrival.span, refusal))
     }
+
+    /// What the caller is, and what each policy means for it. All policies are looked at, which takes milliseconds where
+    /// there are hundreds: then not on the thread that serves, and never often for one principal.
+    async fn view(&self, call: &Call) -> Result<v1::WhoAmIResponse, Refusal> {
+        let (policies, workload) = (self.engine.hub.policies(), call.workload.clone());
+        let cost = policies.len().max(POLICIES_VIEWED_AT_ONCE);
+        let wait = self.engine.account.check(Pace::Views, workload.principal(), cost);
+        wait.map_err(Refusal::too_many_who_am_i)?;
+        if policies.len() <= POLICIES_VIEWED_AT_ONCE {
+            return Ok(view(&policies, &workload));
+        }
+        tokio::task::spawn_blocking(move || view(&policies, &workload)).await.map_err(|_| Refusal::stopping())
+    }
+}
+
+fn view(policies: &PolicySet, workload: &Workload) -> v1::WhoAmIResponse {
+    let facts = workload.facts().named().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+    let policies = policy::views(policies, workload).into_iter().map(convert::policy_view).collect();
+    v1::WhoAmIResponse { facts, policies }
 }
 
 #[tonic::async_trait]
 impl v1::certificate_service_server::CertificateService for Issuance {
     async fn who_am_i(&self, request: Request<v1::WhoAmIRequest>) -> Result<Response<v1::WhoAmIResponse>, Status> {
         let call = self.call(&request).await?;
-        let facts = call.workload.facts().named().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-        let views = policy::views(&self.engine.hub.policies(), &call.workload);
-        let policies = views.into_iter().map(convert::policy_view).collect();
+        let answer = self.view(&call).await.map_err(|refusal| ended(&call.span, refusal))?;
         telemetry::record_status(&call.span, Code::Ok as i32, "");
-        Ok(Response::new(v1::WhoAmIResponse { facts, policies }))
+        Ok(Response::new(answer))
     }
 
     type IssueCertificateStream = Answers<v1::IssueCertificateResponse>;

@@ -24,7 +24,8 @@
 //! | `TOKEN_NOT_REVIEWED` | UNAVAILABLE | call again |
 //! | `PEER_CHANGED`, `PEER_KEEPS_CHANGING`, `ATTEST_UNREADABLE` | UNAVAILABLE | call again |
 //! | `RATE_LIMITED`, `TOO_MANY_REQUESTS`, `TOO_MANY_REFUSALS` | RESOURCE_EXHAUSTED | call more slowly |
-//! | `TOO_MANY_STREAMS`, `TOO_MANY_CREDENTIALS` | RESOURCE_EXHAUSTED | close streams that are not needed |
+//! | `TOO_MANY_STREAMS`, `TOO_MANY_BYTES`, `TOO_MANY_CREDENTIALS` | RESOURCE_EXHAUSTED | close streams that are not needed |
+//! | `REQUEST_LATE` | DEADLINE_EXCEEDED | send the request's message whole, within 10 s |
 //! | `CA_NOT_VALID`, `CA_KEY_UNUSABLE` | UNAVAILABLE | call again; the operator replaces the CA or corrects the clock |
 //! | `SIGNER_TIMEOUT`, `KEY_NOT_MADE`, `INTERRUPTED`, `AGENT_STOPPING` | UNAVAILABLE | call again |
 //! | `CERTIFICATE_EXPIRED` | UNAVAILABLE | call again; the message says why the renewal fails |
@@ -46,6 +47,7 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 
 use super::convert::RequestError;
 use crate::{
+    account::{Full, Kind},
     attest::AttestError,
     hub::HubError,
     issue::IssueError,
@@ -83,11 +85,30 @@ impl Refusal {
         Self::new(Code::Unavailable, "PEER_CHANGED", message)
     }
 
-    /// The principal has as many requests on their way as it may.
-    pub(super) fn too_many_arriving(max: usize) -> Self {
-        let message =
-            format!("requests: {max} of this workload's user are arriving, at most {max} allowed; send fewer at once");
-        Self::new(Code::ResourceExhausted, "TOO_MANY_REQUESTS", message)
+    /// A principal has as much of something as it may, or all is taken.
+    pub(super) fn full(kind: Kind, full: Full) -> Self {
+        match kind {
+            Kind::Arriving => {
+                Self::new(Code::ResourceExhausted, "TOO_MANY_REQUESTS", too_many("requests on their way", full))
+            }
+            Kind::Calls => Self::new(Code::ResourceExhausted, "TOO_MANY_STREAMS", too_many("open calls", full)),
+            // A connection that finds no place is closed, and an entry is the hub's.
+            Kind::Bytes | Kind::Connections | Kind::Entries => {
+                Self::new(Code::ResourceExhausted, "TOO_MANY_BYTES", too_many("bytes of the agent's memory", full))
+            }
+        }
+    }
+
+    /// The principal asks too often how policies see it.
+    pub(super) fn too_many_who_am_i(wait: Duration) -> Self {
+        let message = format!("WhoAmI is called too often; try again in {} ms", wait.as_millis());
+        Self::new(Code::ResourceExhausted, "RATE_LIMITED", message)
+    }
+
+    /// A request's message, or its end, did not come in time.
+    pub(super) fn message_late(within: Duration) -> Self {
+        let message = format!("the request was not there within {} s; send it whole", within.as_secs());
+        Self::new(Code::DeadlineExceeded, "REQUEST_LATE", message)
     }
 
     /// The principal has been refused so often that it has to wait.
@@ -96,12 +117,17 @@ impl Refusal {
         let message = format!("too many calls of this workload's user were refused; try again in {seconds:.1} s");
         Self::new(Code::ResourceExhausted, "TOO_MANY_REFUSALS", message)
     }
+}
 
-    /// The principal has as many streams open as it may.
-    pub(super) fn too_many_streams(max: usize) -> Self {
-        let message =
-            format!("streams: {max} are open for this workload's user, at most {max} allowed; close some first");
-        Self::new(Code::ResourceExhausted, "TOO_MANY_STREAMS", message)
+fn too_many(what: &str, full: Full) -> String {
+    match full {
+        Full::Own { held, max } => format!(
+            "{what}: {held} are held for this workload's user, at most {max} allowed; end some, or ask for less at once"
+        ),
+        Full::All { held, max } => {
+            format!("{what}: {held} are held for all callers together, at most {max} allowed; try again later")
+        }
+        Full::Of(_) => format!("{what}: all are held for others; try again later"),
     }
 }
 
@@ -131,7 +157,7 @@ impl From<&HubError> for Refusal {
             HubError::Stopping => return Self::stopping(),
             HubError::Denied(_) | HubError::PodGone(_) => Code::PermissionDenied,
             HubError::UnknownSigner { .. } => SIGNER_UNKNOWN_CODE,
-            HubError::RateLimited { .. } | HubError::TooMany { .. } => Code::ResourceExhausted,
+            HubError::RateLimited { .. } | HubError::TooMany(_) | HubError::GivenUp => Code::ResourceExhausted,
             HubError::Issue(error) => of_issue(error),
             HubError::Lost => Code::Internal,
             HubError::TimedOut | HubError::Expired(_) => Code::Unavailable,

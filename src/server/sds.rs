@@ -17,18 +17,15 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use tracing::Instrument as _;
 
 use super::{
-    Arrival, Engine, REQUEST_BODY_TIMEOUT,
+    Arrival, Engine, MESSAGE_TIMEOUT,
     call::{Call, ended},
     refusal::Refusal,
 };
 use crate::{
     metrics::{Counted, counted},
-    proto::{
-        envoy::service::{
-            discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse},
-            secret::v3::secret_discovery_service_server::SecretDiscoveryService,
-        },
-        google::rpc,
+    proto::envoy::service::{
+        discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse},
+        secret::v3::secret_discovery_service_server::SecretDiscoveryService,
     },
     telemetry,
 };
@@ -38,11 +35,8 @@ pub use secrets::{MAX_SECRET_NAME_BYTES, MAX_SECRETS};
 use secrets::{Secrets, invalid};
 use world::World;
 
-/// Bytes of one request message. A stream takes its time between requests and may hold so much of one all the while; with
-/// every stream of a principal, 128 MiB.
+/// Bytes of one request message.
 pub const MAX_DISCOVERY_REQUEST_BYTES: usize = 32 * 1024;
-/// Characters of an Envoy's reason that are logged.
-const MAX_LOGGED_CHARS: usize = 200;
 /// Methods whose requests may be far apart.
 const STREAMS: [&str; 2] = [
     "/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets",
@@ -92,11 +86,11 @@ async fn begin<P: Default, Q, R>(
     mut requests: Streaming<Q>,
     protocol: Protocol<P, Q, R>,
 ) -> Result<Follower<P, Q, R>, Refusal> {
-    let first = match timeout(REQUEST_BODY_TIMEOUT, requests.message()).await {
+    let first = match timeout(MESSAGE_TIMEOUT, requests.message()).await {
         Ok(first) => first.map_err(unreadable)?,
         Err(_) => None,
     };
-    let late = || invalid(format!("no request came within {} s", REQUEST_BODY_TIMEOUT.as_secs()));
+    let late = || invalid(format!("no request came within {} s", MESSAGE_TIMEOUT.as_secs()));
     let first = first.ok_or_else(late)?;
     let call = Call::prove(&engine, arrival).await?;
     let (mut secrets, mut state) = (Secrets::of(&call)?, P::default());
@@ -208,10 +202,4 @@ impl SecretDiscoveryService for Sds {
         telemetry::record_status(&arrival.span, Code::Ok as i32, "");
         Ok(Response::new(fetched))
     }
-}
-
-/// Logs that an Envoy refuses an update, in words of its own.
-fn log_refused_update(error: &rpc::Status) {
-    let reason: String = error.message.chars().take(MAX_LOGGED_CHARS).collect();
-    tracing::warn!(code = error.code, ?reason, "an Envoy does not take an update; it is sent the next one");
 }

@@ -15,10 +15,13 @@ use http_body::{Frame, SizeHint};
 use hyper::{HeaderMap, Response};
 use tokio::time::sleep;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
-use tonic::{Status, body::Body};
+use tonic::{Code, Status, body::Body};
 
-use super::{Charge, limits::Place, refusal::Refusal};
-use crate::hub;
+use super::refusal::Refusal;
+use crate::{
+    account::{CALL_BYTES, Held, Kind, OpenCall, Pace},
+    hub,
+};
 
 /// How long a call under way may go on; the hub lets issuances land for longer, [`hub::STOP_GRACE`].
 pub const CALL: Duration = Duration::from_secs(4);
@@ -51,21 +54,53 @@ struct Answer {
     /// `None` for an answer that ends itself.
     stop: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
     stopped: bool,
-    charge: Charge,
-    _place: Place,
+    call: OpenCall,
+    /// What the last message takes while it is sent.
+    sending: Option<Held>,
 }
 
-/// `response`, of which every message, and the end, comes before the stop; it holds `place` until it is gone.
-pub(super) fn bounded(
-    response: Response<Body>,
-    stop: &CancellationToken,
-    place: Place,
-    charge: Charge,
-) -> Response<Body> {
-    charge.look(response.headers());
+/// `response`, of which every message, and the end, comes before the stop; it holds the place of `call` until it is gone,
+/// and bytes for each message while it is sent.
+pub(super) fn bounded(response: Response<Body>, stop: &CancellationToken, call: OpenCall) -> Response<Body> {
+    charge(&call, response.headers());
     let ends_itself = response.extensions().get::<EndsItself>().is_some();
     let stop = (!ends_itself).then(|| Box::pin(stop.clone().cancelled_owned()));
-    response.map(|body| Body::new(Answer { body, stop, stopped: false, charge, _place: place }))
+    response.map(|body| Body::new(Answer { body, stop, stopped: false, call, sending: None }))
+}
+
+/// Counts the refusals among one principal's answers: looks at the end of an answer, in its headers or its trailers.
+fn charge(call: &OpenCall, headers: &HeaderMap) {
+    use Code::{InvalidArgument, NotFound, OutOfRange, PermissionDenied, ResourceExhausted};
+    let refused = Status::from_header_map(headers).is_some_and(|status| {
+        matches!(status.code(), InvalidArgument | NotFound | OutOfRange | PermissionDenied | ResourceExhausted)
+    });
+    if refused {
+        call.seat().account().spend(Pace::Refusals, call.seat().principal());
+    }
+}
+
+impl Answer {
+    /// Counts the bytes of a frame until the next one is asked for; what is not counted with the call already. An answer
+    /// for which there is no room ends.
+    fn send(&mut self, frame: Frame<Bytes>) -> Result<Frame<Bytes>, Status> {
+        self.sending = None;
+        let bytes = frame.data_ref().map_or(0, Bytes::len);
+        if bytes > CALL_BYTES / 2 {
+            match self.call.hold(bytes) {
+                Ok(held) => self.sending = Some(held),
+                Err(full) => return self.end(Refusal::full(Kind::Bytes, full)),
+            }
+        }
+        Ok(frame)
+    }
+
+    /// The last frame, which says why there is no more.
+    fn end(&mut self, refusal: Refusal) -> Result<Frame<Bytes>, Status> {
+        self.stopped = true;
+        let mut trailers = HeaderMap::new();
+        Status::from(refusal).add_header(&mut trailers)?;
+        Ok(Frame::trailers(trailers))
+    }
 }
 
 impl http_body::Body for Answer {
@@ -78,19 +113,15 @@ impl http_body::Body for Answer {
         }
         // First, so that what is there, and the service's own end, goes out.
         if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) {
-            if let Some(Ok(frame)) = &frame
-                && let Some(trailers) = frame.trailers_ref()
-            {
-                self.charge.look(trailers);
+            let Some(Ok(frame)) = frame else { return Poll::Ready(frame) };
+            if let Some(trailers) = frame.trailers_ref() {
+                charge(&self.call, trailers);
             }
-            return Poll::Ready(frame);
+            return Poll::Ready(Some(self.send(frame)));
         }
         let Some(stop) = &mut self.stop else { return Poll::Pending };
         ready!(stop.as_mut().poll(cx));
-        self.stopped = true;
-        let mut trailers = HeaderMap::new();
-        Status::from(Refusal::stopping()).add_header(&mut trailers)?;
-        Poll::Ready(Some(Ok(Frame::trailers(trailers))))
+        Poll::Ready(Some(self.end(Refusal::stopping())))
     }
 
     fn is_end_stream(&self) -> bool {

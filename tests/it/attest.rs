@@ -19,6 +19,7 @@ use std::{
 
 use base64::Engine as _;
 use csrd::{
+    account::Principal,
     attest::{AttestError, Attestor, Caller, Capabilities, MAX_GROUPS, Peer, PeerStream, prepare_listener},
     metrics::Metrics,
     proto::envoy::service::discovery::v3::DiscoveryRequest,
@@ -257,7 +258,7 @@ async fn a_passed_socket_ends_its_connection_and_is_counted() {
         let metrics = Metrics::new();
         let host = Host::with_metrics(metrics.clone());
         scene.actor.tell("inherit foreign");
-        host.server.connection(stream, peer.uid().into(), Ok(Caller::Peer(peer))).await;
+        host.server.connection(stream, Principal::user(peer.uid()), Ok(Caller::Peer(peer))).await;
         let counted = "csrd_attest_total{result=\"refused\",reason=\"PEER_SOCKET_PASSED\"} 1";
         assert!(metrics.encode().contains(counted), "{}", metrics.encode());
     }

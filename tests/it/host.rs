@@ -10,13 +10,14 @@ use std::{
 };
 
 use csrd::{
+    account::{Account, Limits, Principal},
     attest::{Attestor, Caller, Workload},
     clock::Clock,
     hub::{self, Hub},
     metrics::Metrics,
     policy::{EMBEDDED, PolicySet, Source},
     rate::Rate,
-    server::{Engine, Limits, Server},
+    server::{Engine, Server},
     signer::{Sign, SignError, Signing, SigningRequest, embedded},
     x509::Bundle,
 };
@@ -104,6 +105,7 @@ impl Host {
     pub(crate) fn with_rate(policy: &str, signers: &[Arc<Signer>], limits: Limits, principal_rate: Rate) -> Self {
         let metrics = Metrics::new();
         let policies = watch::Sender::new(Arc::new(parse(policy)));
+        let account = Account::new(limits, 0, &metrics);
         let hub = Hub::new(hub::Parts {
             clock: clock(),
             policies: policies.subscribe(),
@@ -111,6 +113,7 @@ impl Host {
             signers: signers.iter().map(|signer| signer.clone() as Arc<dyn Sign>).collect(),
             signer_rate: Rate { per_second: NonZeroU32::MAX, burst: NonZeroU32::MAX },
             principal_rate,
+            account: account.clone(),
             seed: 1,
             metrics: metrics.clone(),
         });
@@ -122,7 +125,7 @@ impl Host {
             attestor: Arc::new(Attestor::new()),
             default_signer: embedded::NAME.into(),
             operator_uid: 0,
-            limits,
+            account,
             metrics: metrics.clone(),
             stop: stop.clone(),
         };
@@ -139,7 +142,7 @@ impl Host {
     pub(crate) fn pipe(&mut self, bytes: usize) -> DuplexStream {
         let (client, io) = tokio::io::duplex(bytes);
         let (server, caller) = (self.server.clone(), Caller::Fixed(Arc::new(Workload::of_uid(UID))));
-        self.connections.spawn(async move { server.connection(io, UID.into(), Ok(caller)).await });
+        self.connections.spawn(async move { server.connection(io, Principal::user(UID), Ok(caller)).await });
         client
     }
 

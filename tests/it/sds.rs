@@ -3,6 +3,7 @@
 use std::{fmt::Debug, sync::atomic::Ordering, time::Duration};
 
 use csrd::{
+    account::Limits,
     proto::{
         envoy::{
             config::core::v3::{DataSource, Node, data_source::Specifier},
@@ -16,7 +17,7 @@ use csrd::{
         },
         google::rpc,
     },
-    server::{Limits, MAX_DISCOVERY_REQUEST_BYTES, MAX_SECRET_NAME_BYTES, MAX_SECRETS, REQUEST_BODY_TIMEOUT},
+    server::{MAX_DISCOVERY_REQUEST_BYTES, MAX_SECRET_NAME_BYTES, MAX_SECRETS, MESSAGE_TIMEOUT},
     signer::embedded::NAME,
     x509::Chain,
 };
@@ -441,19 +442,19 @@ async fn a_stream_waits_for_its_first_request_as_long_as_any_and_then_for_as_lon
     let mut scene = Scene::new(&web_and_db()).await;
     let (requests, received) = mpsc::channel::<DiscoveryRequest>(1);
     let mut late = scene.client.stream_secrets(ReceiverStream::new(received)).await.unwrap().into_inner();
-    let status = timeout(REQUEST_BODY_TIMEOUT * 2, late.message()).await.unwrap().unwrap_err();
+    let status = timeout(MESSAGE_TIMEOUT * 2, late.message()).await.unwrap().unwrap_err();
     assert_eq!((status.code(), reason(&status).as_str()), (Code::InvalidArgument, "REQUEST_INVALID"));
     drop(requests);
 
     let mut stream = scene.world(ask(&["ROOTCA"])).await;
     let first = stream.next().await;
-    stream.silent(REQUEST_BODY_TIMEOUT * 100).await;
+    stream.silent(MESSAGE_TIMEOUT * 100).await;
     stream.send(ack(&[TD], &first)).await;
     assert_eq!(names(&stream.next().await), [TD]);
     // A caller that has said all it has to say is still told.
     let (sender, _) = mpsc::channel(1);
     drop(std::mem::replace(&mut stream.requests, sender));
-    stream.silent(REQUEST_BODY_TIMEOUT * 100).await;
+    stream.silent(MESSAGE_TIMEOUT * 100).await;
     scene.host.stop.cancel();
     let status = stream.end().await;
     assert_eq!((status.code(), reason(&status).as_str()), (Code::Unavailable, "AGENT_STOPPING"));

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use csrd::{
+    account::Limits,
     proto::v1::{self, certificate_service_client::CertificateServiceClient, issue_certificate_response::Event},
-    server::{Limits, stop},
+    server::stop,
     signer::embedded,
 };
 use tokio::time::{Instant, sleep};

@@ -27,9 +27,10 @@ const TABLE: &[(&str, &[&str])] = &[
     ("kubernetes", &["telemetry", "backoff"]),
     ("rate", &[]),
     ("x509", &["spiffe"]),
-    ("attest::workload", &[]),
+    ("account", &["metrics"]),
+    ("attest::workload", &["account"]),
     ("policy", &["x509", "attest::workload"]),
-    ("attest", &["attest::workload", "attest::pods", "kubernetes", "clock"]),
+    ("attest", &["account", "attest::workload", "attest::pods", "kubernetes", "clock"]),
     ("attest::pods", &["attest", "attest::workload", "kubernetes", "clock"]),
     ("policy::watch", &["policy", "files", "metrics", "kubernetes"]),
     ("trust", &["x509", "files", "kubernetes"]),
@@ -38,6 +39,7 @@ const TABLE: &[(&str, &[&str])] = &[
     (
         "hub",
         &[
+            "account",
             "attest::workload",
             "policy",
             "x509",
@@ -54,6 +56,7 @@ const TABLE: &[(&str, &[&str])] = &[
     (
         "server",
         &[
+            "account",
             "proto",
             "spiffe",
             "x509",

@@ -3,13 +3,14 @@
 use std::{fmt::Debug, num::NonZeroU32, sync::atomic::Ordering, time::Duration};
 
 use csrd::{
+    account::Limits,
     proto::spiffe::{
         JwtBundlesRequest, JwtsvidRequest, ValidateJwtsvidRequest, WitBundlesRequest, WitsvidRequest,
         X509BundlesRequest, X509BundlesResponse, X509svidRequest, X509svidResponse,
         spiffe_workload_api_client::SpiffeWorkloadApiClient,
     },
     rate::Rate,
-    server::{Limits, MAX_IDENTITIES},
+    server::MAX_IDENTITIES,
     signer::embedded::NAME,
     x509::PrivateKey,
 };

@@ -1,5 +1,7 @@
 //! What one principal may hold and how fast it may ask, at each bound and one past it, and that nobody else waits for it.
 
+use futures_util::FutureExt as _;
+
 use super::*;
 
 #[tokio::test(start_paused = true)]
@@ -16,36 +18,56 @@ async fn the_longest_idle_entry_makes_room_for_a_new_one() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_principal_may_hold_so_many_entries_and_not_one_more() {
+async fn what_is_given_up_by_its_followers_is_bounded_at_once() {
     let bench = Bench::new();
-    *bench.signer.delay.lock().unwrap() = Duration::ZERO;
     let mut held = Vec::new();
-    for n in 0..MAX_ENTRIES_PER_PRINCIPAL {
+    for n in 0..=MAX_IDLE_PER_PRINCIPAL {
         held.push(bench.subscribe(1, &format!("n{n}.example.org")).await.unwrap());
     }
-    let error = bench.subscribe(1, "one-past.example.org").await.expect_err("one past the bound");
-    assert_eq!(error.reason(), "TOO_MANY_CREDENTIALS");
-    bench.subscribe(2, "a.example.org").await.expect("another principal has its own bound");
+    held.clear();
+    assert_eq!(bench.hub.lock().entries.len(), MAX_IDLE_PER_PRINCIPAL, "without waiting for another to be taken in");
+    assert_eq!(bench.hub.0.metrics.credentials.get(), MAX_IDLE_PER_PRINCIPAL as i64);
+    sleep(LINGER + Duration::from_secs(1)).await;
+    assert_eq!(bench.hub.0.metrics.credentials.get(), 0, "the gauge follows the last ones too");
 }
 
 #[tokio::test(start_paused = true)]
-async fn all_principals_together_may_hold_so_many_entries_and_not_one_more() {
-    let bench = Bench::new();
-    // The bound is one of the state, whose entries need no certificate.
-    let mut state = bench.hub.lock();
-    let mut insert = |n: usize| {
-        let workload = Arc::new(Workload::of_uid(u32::try_from(1 + n / MAX_ENTRIES_PER_PRINCIPAL).unwrap()));
-        let (ask, policies) = (ask("a.example.org"), bench.hub.policies());
-        let grant = policy::decide(&policies, &workload, &ask).unwrap();
-        state.insert(Entry::new(workload, ask, None, (grant, policies), None, None))
-    };
-    for n in 0..MAX_ENTRIES {
-        insert(n).expect("within the bound");
+async fn a_principal_may_hold_so_many_entries_and_not_one_more() {
+    let bench = Bench::with_limits(Limits { entries_per_principal: 3, ..Limits::default() });
+    let mut held = Vec::new();
+    for n in 0..3 {
+        held.push(bench.subscribe(1, &format!("n{n}.example.org")).await.unwrap());
     }
-    let error = insert(MAX_ENTRIES).expect_err("one past the bound");
-    let words =
-        "32768 credentials are held by all workloads together, at most 32768; close streams that are no longer needed";
+    let error = bench.subscribe(1, "one-past.example.org").await.expect_err("one past the bound");
+    let words = "3 credentials are held by this workload's user, at most 3; close streams that are no longer needed";
     assert_eq!((error.reason(), error.to_string().as_str()), ("TOO_MANY_CREDENTIALS", words));
+    bench.subscribe(2, "a.example.org").await.expect("another principal has its own bound");
+    drop(held.pop());
+    bench.subscribe(1, "one-past.example.org").await.expect("what nobody follows makes room");
+}
+
+#[tokio::test(start_paused = true)]
+async fn when_all_entries_are_taken_the_largest_holder_gives_one_up_and_whoever_has_none_gets_a_first() {
+    let bench = Bench::with_limits(Limits { entries: 3, entries_per_principal: 3, ..Limits::default() });
+    let mut held = Vec::new();
+    for n in 0..3 {
+        held.push(bench.subscribe(1, &format!("n{n}.example.org")).await.unwrap());
+    }
+    // Its first event is its certificate.
+    for subscription in &mut held {
+        subscription.first().await.unwrap();
+    }
+    let first = bench.subscribe(2, "a.example.org").await.expect("whoever has none gets a first");
+    let ends = held.iter_mut().map(|it| it.next().now_or_never()).filter_map(|event| match event {
+        Some(Event::Ended(why)) => Some(why.reason()),
+        _ => None,
+    });
+    assert_eq!(ends.collect::<Vec<_>>(), ["TOO_MANY_CREDENTIALS"], "one of the largest holder's, which is told why");
+    let error = bench.subscribe(2, "b.example.org").await.expect_err("two and one is as even as three can be");
+    let words = "3 credentials are held by all workloads together, at most 3; try again later";
+    assert_eq!((error.reason(), error.to_string().as_str()), ("TOO_MANY_CREDENTIALS", words));
+    drop(first);
+    bench.subscribe(3, "a.example.org").await.expect("and so does the next");
 }
 
 #[tokio::test(start_paused = true)]

@@ -91,6 +91,7 @@ async fn while_nobody_says_that_a_pod_is_gone_it_is_served() {
         signers: vec![bench.signer.clone()],
         signer_rate: rate(100),
         principal_rate: rate(100),
+        account: Account::new(Limits::default(), 0, &Metrics::new()),
         seed: 1,
         metrics: Metrics::new(),
     });

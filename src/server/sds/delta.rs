@@ -2,10 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{
-    log_refused_update,
-    secrets::{Found, Secrets, TYPE_URL},
-};
+use super::secrets::{Found, Secrets, TYPE_URL};
 use crate::{
     proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource},
     server::refusal::Refusal,
@@ -33,7 +30,7 @@ impl Delta {
     pub(super) fn take(&mut self, secrets: &mut Secrets, request: DeltaDiscoveryRequest) -> Result<(), Refusal> {
         secrets.introduce(request.node, &request.type_url)?;
         if let Some(error) = &request.error_detail {
-            log_refused_update(error);
+            secrets.update_refused(error)?;
         }
         let (come, go) = (request.resource_names_subscribe, request.resource_names_unsubscribe);
         if self.asked && come.is_empty() && go.is_empty() {

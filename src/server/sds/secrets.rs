@@ -11,13 +11,17 @@ use prost_types::{Any, value::Kind};
 use tonic::Code;
 
 use crate::{
+    account::{Account, Pace, Principal},
     hub::Live,
-    proto::envoy::{
-        config::core::v3::{DataSource, Node, TypedExtensionConfig, data_source::Specifier},
-        extensions::transport_sockets::tls::v3::{
-            CertificateValidationContext, Secret, SpiffeCertValidatorConfig, TlsCertificate, secret,
-            spiffe_cert_validator_config::TrustDomain,
+    proto::{
+        envoy::{
+            config::core::v3::{DataSource, Node, TypedExtensionConfig, data_source::Specifier},
+            extensions::transport_sockets::tls::v3::{
+                CertificateValidationContext, Secret, SpiffeCertValidatorConfig, TlsCertificate, secret,
+                spiffe_cert_validator_config::TrustDomain,
+            },
         },
+        google::rpc,
     },
     server::{
         call::Call,
@@ -34,6 +38,9 @@ pub(super) const TYPE_URL: &str = "type.googleapis.com/envoy.extensions.transpor
 pub const MAX_SECRETS: usize = 256;
 /// Bytes of one name: those of a SPIFFE ID.
 pub const MAX_SECRET_NAME_BYTES: usize = MAX_SPIFFE_ID_BYTES;
+
+/// Characters of an Envoy's reason that are logged.
+const MAX_LOGGED_CHARS: usize = 200;
 
 /// The first identity's certificate.
 const DEFAULT: &str = "default";
@@ -53,6 +60,8 @@ pub(super) struct Secrets {
     wanted: Wanted,
     /// Whether the Envoy verifies by roots alone, and not by SPIFFE IDs.
     plain_roots: bool,
+    account: Account,
+    principal: Principal,
 }
 
 /// Names that are asked for.
@@ -82,7 +91,23 @@ pub(super) struct Resource {
 impl Secrets {
     pub(super) fn of(call: &Call) -> Result<Self, Refusal> {
         let identities = Identities::of(call, |_| true, |_, _| false)?;
-        Ok(Self { identities, wanted: Wanted::default(), plain_roots: false })
+        let (account, principal) = (call.engine.account.clone(), call.workload.principal());
+        Ok(Self { identities, wanted: Wanted::default(), plain_roots: false, account, principal })
+    }
+
+    /// The Envoy refuses an update, and says why in words of its own. It is counted as a refusal of ours is.
+    pub(super) fn update_refused(&self, error: &rpc::Status) -> Result<(), Refusal> {
+        self.account.check(Pace::Refusals, self.principal, 1).map_err(Refusal::too_many_refusals)?;
+        if let Some(left_out) = self.account.line(self.principal) {
+            let reason: String = error.message.chars().take(MAX_LOGGED_CHARS).collect();
+            tracing::warn!(
+                code = error.code,
+                ?reason,
+                left_out,
+                "an Envoy does not take an update; it is sent the next one"
+            );
+        }
+        Ok(())
     }
 
     /// Takes in who asks, and of what type; a later request need not repeat it.

@@ -2,10 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{
-    log_refused_update,
-    secrets::{Found, Secrets, TYPE_URL, Wanted},
-};
+use super::secrets::{Found, Secrets, TYPE_URL, Wanted};
 use crate::{
     proto::envoy::service::discovery::v3::{DiscoveryRequest, DiscoveryResponse},
     server::refusal::Refusal,
@@ -34,7 +31,7 @@ impl World {
             return Ok(());
         }
         if let Some(error) = &request.error_detail {
-            log_refused_update(error);
+            secrets.update_refused(error)?;
         }
         let names: BTreeSet<_> = request.resource_names.into_iter().collect();
         // No names at the start are all names; later they are none, unless it was all until now.

@@ -9,6 +9,7 @@ use std::{
 };
 
 use csrd::{
+    account::Limits,
     agent::{self, Cluster},
     attest::{PodFacts, Pods, Tokens},
     clock::Clock,
@@ -19,7 +20,7 @@ use csrd::{
         subscribe_response::Event,
     },
     rate::Rate,
-    server::{Limits, admin::Readiness},
+    server::admin::Readiness,
     signer::embedded::{DEFAULT_CA_LIFETIME, Embedded},
 };
 use http::Method;

@@ -236,6 +236,7 @@ mod tests {
     fn links_are_followed_as_far_as_the_kernel_does() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("0"), "").unwrap();
+        mode(&folder.path().join("0"), 0o600);
         for number in 1..=MAX_LINKS + 1 {
             symlink((number - 1).to_string(), folder.path().join(number.to_string())).unwrap();
         }

@@ -67,7 +67,8 @@ pub async fn serve(listener: UnixListener, readiness: Readiness, stop: Cancellat
     tokio::select! {
         () = report(reporter, readiness, stop) => {}
         ended = Server::builder().add_service(service).serve_with_incoming(incoming) => {
-            tracing::error!(error = ended.err().map(tracing::field::display), "the health socket is not served any more");
+            let error = ended.err().map(tracing::field::display);
+            tracing::error!(error, "the health socket is not served any more");
         }
     }
 }

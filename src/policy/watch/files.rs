@@ -333,6 +333,8 @@ mod tests {
 
     fn folder(files: &[(&str, &str)]) -> TempDir {
         let folder = TempDir::new().unwrap();
+        // Policies that a group may write, as some users' umask has it, are refused.
+        rustix::process::umask(Mode::from_raw_mode(0o022));
         for (name, text) in files {
             fs::write(folder.path().join(name), text).unwrap();
         }

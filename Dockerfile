@@ -1,7 +1,9 @@
 # A static binary and nothing else: no shell, no package manager, no library, nobody's user.
 # Try it:  docker build -t csrd . && docker run --rm csrd demo --renewals 2
 
-FROM rust:1.95-slim-bookworm AS build
+# The index of all architectures, which a tag could be moved away from. To bring it up to date:
+# docker buildx imagetools inspect rust:1.95-slim-bookworm
+FROM rust:1.95-slim-bookworm@sha256:d7482085ff5b415f84dba5647ae71606650bdef00db7aeb69f4b3d170c3e4082 AS build
 # The packages of one Debian release; pinning their versions would break the build at the next security fix.
 # hadolint ignore=DL3008
 RUN apt-get update \

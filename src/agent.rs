@@ -22,7 +22,6 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
-use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
     account::{Account, Limits},
@@ -32,12 +31,11 @@ use crate::{
     hub::{self, Hub},
     metrics::Metrics,
     policy::PolicySet,
-    proto::v1::certificate_service_server::SERVICE_NAME,
     rate::Rate,
     server::{
         Engine, Server,
         admin::{Admin, Readiness},
-        stop,
+        health, stop,
     },
     signer::Sign,
     tasks::{TaskError, Tasks},
@@ -146,7 +144,7 @@ impl From<RateFile> for Rate {
 
 /// Opens every socket and starts every part; call from within the runtime.
 pub async fn build(parts: Parts) -> Result<Bound, BuildError> {
-    let (listener, file) = listen(&parts.socket).await?;
+    let (listener, file) = listen(&parts.socket, SOCKET_MODE).await?;
     let admin = match parts.admin {
         Some(address) => {
             let listening = TcpListener::bind(address).await;
@@ -183,7 +181,7 @@ pub async fn build(parts: Parts) -> Result<Bound, BuildError> {
         seed: parts.seed,
         metrics: parts.metrics.clone(),
     });
-    let (health, health_service) = tonic_health::server::health_reporter();
+    let (reporter, health_service) = health::service(parts.readiness.clone());
     let engine = Engine {
         hub: hub.clone(),
         attestor: attestor.clone(),
@@ -199,7 +197,7 @@ pub async fn build(parts: Parts) -> Result<Bound, BuildError> {
     tasks.spawn("server", server.serve(listener));
     tasks.spawn("attestor", follow_policies(attestor, policies, signers.clone(), stop.clone()));
     tasks.spawn("readiness", watch_readiness(signers, pods, parts.readiness.clone(), stop.clone()));
-    tasks.spawn("health", report_health(health, parts.readiness.clone(), stop.clone()));
+    tasks.spawn("health", health::report(reporter, parts.readiness.clone(), stop.clone()));
     if let Some(listener) = admin {
         tasks
             .spawn("admin", Admin { metrics: parts.metrics, readiness: parts.readiness }.serve(listener, stop.clone()));
@@ -325,22 +323,8 @@ async fn watch_readiness(
     }
 }
 
-/// grpc.health.v1 says what `/readyz` says: whether certificates can be issued.
-async fn report_health(health: HealthReporter, readiness: Readiness, stop: CancellationToken) {
-    loop {
-        let ready = readiness.check().is_ok();
-        let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
-        health.set_service_status("", status).await;
-        health.set_service_status(SERVICE_NAME, status).await;
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = readiness.becomes(!ready) => {}
-        }
-    }
-}
-
-/// A listener at `path`, in place of a socket that nobody answers on any more, and the socket's file.
-async fn listen(path: &Path) -> Result<(UnixListener, File), BuildError> {
+/// A listener at `path`, in place of a socket that nobody answers on any more, and the socket's file, of this `mode`.
+pub(crate) async fn listen(path: &Path, mode: u32) -> Result<(UnixListener, File), BuildError> {
     let failed = |source| BuildError::Socket { path: path.to_owned(), source };
     match fs::symlink_metadata(path) {
         Ok(metadata) if !metadata.file_type().is_socket() => return Err(BuildError::NotASocket(path.to_owned())),
@@ -354,7 +338,7 @@ async fn listen(path: &Path) -> Result<(UnixListener, File), BuildError> {
     let file = rustix::fs::open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
         .map_err(|error| failed(error.into()))?;
     attest::prepare_listener(&listener).map_err(failed)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(SOCKET_MODE)).map_err(failed)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(failed)?;
     Ok((listener, file.into()))
 }
 
@@ -372,12 +356,22 @@ mod tests {
     use super::*;
 
     #[tokio::test]
+    async fn a_socket_has_the_mode_that_was_asked_for() {
+        let folder = tempfile::tempdir().unwrap();
+        for mode in [SOCKET_MODE, health::SOCKET_MODE] {
+            let path = folder.path().join(format!("{mode:o}"));
+            let _listening = listen(&path, mode).await.unwrap();
+            assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, mode);
+        }
+    }
+
+    #[tokio::test]
     async fn only_the_own_socket_is_removed() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("s");
-        let (first, old) = listen(&path).await.unwrap();
+        let (first, old) = listen(&path, SOCKET_MODE).await.unwrap();
         drop(first);
-        let (_second, new) = listen(&path).await.unwrap();
+        let (_second, new) = listen(&path, SOCKET_MODE).await.unwrap();
         remove(&path, &old);
         assert!(UnixStream::connect(&path).await.is_ok(), "the successor's");
         remove(&path, &new);

@@ -9,6 +9,7 @@ pub mod completion;
 pub mod controller;
 pub mod crd;
 pub mod demo;
+pub mod health;
 pub mod issue;
 pub mod policy;
 pub mod request;
@@ -56,6 +57,7 @@ enum Command {
     Watch(watch::Args),
     Whoami(whoami::Args),
     Status(status::Args),
+    Health(health::Args),
     Policy(policy::Args),
     Crd(crd::Args),
     Completion(completion::Args),
@@ -121,6 +123,7 @@ impl Command {
             Self::Watch(args) => traced(watch::run(args)).await,
             Self::Whoami(args) => traced(whoami::run(args)).await,
             Self::Status(args) => traced(status::run(args)).await,
+            Self::Health(args) => Ok(health::run(args).await),
             Self::Policy(args) => policy::run(args),
             Self::Crd(args) => crd::run(args),
             Self::Completion(args) => completion::run(args, <Cli as clap::CommandFactory>::command()),
@@ -162,7 +165,8 @@ fn exit(error: &anyhow::Error) -> Exit {
 /// Makes the kernel write no core file of this process, which may hold a private key or a token.
 ///
 /// The limit is 1 byte, not 0: a limit of 0 stops core files but not a pipe to a handler (core(5)), while the kernel
-/// dumps nothing at all at 1. It is the soft limit only, so that a child of `csrd watch` may raise it for itself.
+/// dumps nothing at all at 1. It is the soft limit only, so that a child of `csrd watch` may raise it for itself. Where
+/// the hard limit is 0 already, a handler is stopped only by [`forbid_tracing`]; the systemd unit therefore sets 1.
 pub fn forbid_core_dumps() {
     let maximum = getrlimit(Resource::Core).maximum;
     let limit = Rlimit { current: Some(1.min(maximum.unwrap_or(1))), maximum };
@@ -191,6 +195,8 @@ fn forbid_huge_pages() {
 
 /// Keeps other processes of the same user from attaching to this one and reading its memory; for the agent, which holds
 /// the CA key.
+///
+/// The kernel dumps no core of such a process either, be it to a file or to a handler.
 ///
 /// Not for the other commands: it also gives `/proc/PID` to root (proc(5)), and an agent that runs as the same ordinary
 /// user must read there who its callers are.
@@ -227,6 +233,14 @@ mod tests {
     use clap::CommandFactory as _;
 
     use super::*;
+
+    /// What the limit is for is said at [`forbid_core_dumps`].
+    #[test]
+    fn the_systemd_unit_leaves_the_limit_that_stops_a_core_handler_too() {
+        let unit = include_str!("../deploy/systemd/csrd.service");
+        let limits: Vec<_> = unit.lines().filter(|line| line.starts_with("LimitCORE=")).collect();
+        assert_eq!(limits, ["LimitCORE=1"]);
+    }
 
     #[test]
     fn the_command_line_is_consistent() {

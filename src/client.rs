@@ -10,12 +10,13 @@ pub mod output;
 pub mod sink;
 mod subscription;
 
-use std::error::Error as _;
+use std::{error::Error as _, time::Duration};
 
 use tonic::{
     Request, Status, Streaming,
     transport::{Channel, Endpoint},
 };
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 use tonic_types::StatusExt as _;
 use tracing::Instrument as _;
 
@@ -25,7 +26,7 @@ pub use self::{
 };
 use crate::{
     proto::{
-        ERROR_DOMAIN,
+        ERROR_DOMAIN, WHY_NOT,
         v1::{self, certificate_service_client::CertificateServiceClient, status_service_client::StatusServiceClient},
     },
     socket::SocketPath,
@@ -76,6 +77,15 @@ impl ClientError {
     }
 }
 
+/// What an agent or a controller says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// It can issue.
+    Serving,
+    /// It cannot, for this reason; safe for a terminal.
+    NotServing(String),
+}
+
 /// A connection to the agent, made when it is first used.
 #[derive(Clone, Debug)]
 pub struct Client {
@@ -97,6 +107,25 @@ impl Client {
             Ok(answer.map_err(|status| self.failed(status))?.into_inner())
         })
         .await
+    }
+
+    /// Whether the process at the other end can do its work, as it says itself by grpc.health.v1. That it does not answer
+    /// within `deadline` is [`ClientError::UNREACHABLE`].
+    pub async fn health(&self, deadline: Duration) -> Result<Health, ClientError> {
+        let asked = async {
+            let answer = HealthClient::new(self.channel.clone()).check(HealthCheckRequest::default()).await;
+            answer.map_err(|status| self.failed(status))
+        };
+        let answer = tokio::time::timeout(deadline, asked).await.map_err(|_| ClientError {
+            code: Code::Unavailable,
+            reason: ClientError::UNREACHABLE.into(),
+            message: format!("{} does not answer within {} s", self.socket, deadline.as_secs()),
+        })??;
+        if answer.get_ref().status() == ServingStatus::Serving {
+            return Ok(Health::Serving);
+        }
+        let why = answer.metadata().get_bin(WHY_NOT).and_then(|why| why.to_bytes().ok());
+        Ok(Health::NotServing(why.map_or_else(|| "unknown".into(), |why| printable(&String::from_utf8_lossy(&why)))))
     }
 
     /// The live credentials that this process may see, soonest expiry first.

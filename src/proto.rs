@@ -57,6 +57,9 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descrip
 /// `google.rpc.ErrorInfo.domain` of every reason that the agent gives.
 pub const ERROR_DOMAIN: &str = "csrd.dev";
 
+/// Metadata of an answer of grpc.health.v1 that is not SERVING: in UTF-8, why not.
+pub const WHY_NOT: &str = "csrd-why-not-bin";
+
 /// The codec of our services: prost's, with buffers of the size of our messages, since each open stream keeps one.
 #[derive(Clone, Copy, Debug)]
 pub struct SmallBuffers<T, U>(std::marker::PhantomData<(T, U)>);

@@ -9,6 +9,7 @@ pub mod authority;
 mod call;
 mod convert;
 mod credentials;
+pub mod health;
 mod identities;
 mod issuance;
 mod message;

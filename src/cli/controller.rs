@@ -11,7 +11,7 @@ use super::{
     agent::{Signals, start_telemetry},
 };
 use crate::{
-    agent::put_in_force,
+    agent::{listen, put_in_force},
     attest::pods::{Pods, Scope},
     clock::Clock,
     config,
@@ -19,7 +19,11 @@ use crate::{
     kubernetes,
     metrics::Metrics,
     policy::watch::ClusterPolicies,
-    server::admin::{Admin, Readiness},
+    server::{
+        admin::{Admin, Readiness},
+        health,
+    },
+    socket::SocketPath,
     tasks::Tasks,
 };
 
@@ -32,6 +36,9 @@ pub struct Args {
     /// Configuration file (YAML)
     #[arg(long, value_name = "FILE", env = "CSRD_CONFIG")]
     config: Option<PathBuf>,
+    /// Socket for `csrd health`, to which only this user and root can connect [default: none]
+    #[arg(long, value_name = "PATH")]
+    socket: Option<SocketPath>,
 }
 
 /// Runs the controller until SIGTERM or SIGINT; a second one exits at once.
@@ -41,7 +48,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let telemetry = start_telemetry(config.log.clone())?;
     let stop = CancellationToken::new();
     let signals = Signals::catch().context("catching signals")?;
-    let tasks = start(config, stop.clone()).await?;
+    let tasks = start(config, args.socket, stop.clone()).await?;
     tokio::select! {
         ended = tasks.run(STOP_WITHIN) => {
             telemetry.shutdown();
@@ -53,7 +60,11 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
 }
 
 /// Starts every part.
-async fn start(config: config::controller::Controller, stop: CancellationToken) -> anyhow::Result<Tasks> {
+async fn start(
+    config: config::controller::Controller,
+    socket: Option<SocketPath>,
+    stop: CancellationToken,
+) -> anyhow::Result<Tasks> {
     let client = kubernetes::connect(config.kubeconfig.as_deref()).await.map_err(UsageError::of)?;
     let (clock, metrics, readiness) = (Clock::system(), Metrics::new(), Readiness::new());
     let pods = Pods::new(Scope::Cluster, clock.clone());
@@ -67,6 +78,10 @@ async fn start(config: config::controller::Controller, stop: CancellationToken) 
         let listener = listener.with_context(|| format!("cannot listen on {address} for metrics and readiness"))?;
         let admin = Admin { metrics: metrics.clone(), readiness: readiness.clone() };
         tasks.spawn("admin", admin.serve(listener, stop.clone()));
+    }
+    if let Some(socket) = socket {
+        let (listener, _) = listen(socket.as_path(), health::SOCKET_MODE).await?;
+        tasks.spawn("health", health::serve(listener, readiness.clone(), stop.clone()));
     }
     tasks.spawn("pods", pods.clone().run(client.clone(), stop.clone()));
     tasks.spawn("policies", policies.run(stop.clone()));

@@ -2,10 +2,22 @@
 //!
 //! Off unless an address is configured, because it is plain TCP without authentication; nothing it serves is secret or
 //! changes anything. It takes one request a connection, reads no request body, and bounds headers, connections and the
-//! time of each connection, so that whoever reaches it can slow down nothing but it. Ready means "can issue":
-//! [`Readiness`] is a set of named conditions, each owned by the part that knows, and `/readyz` lists them all.
+//! time of each connection, so that a client can slow down nothing but this endpoint. It always accepts: when all places
+//! are taken, the oldest connection without a request gives up its own. A stranger who connects fast enough can still
+//! keep others out, so probes that restart a process use `csrd health` instead. Ready means "can issue": [`Readiness`]
+//! is a set of named conditions, each owned by the part that knows, and `/readyz` lists them all.
 
-use std::{borrow::Cow, collections::BTreeMap, convert::Infallible, fmt::Write as _, sync::Arc, time::Duration};
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, VecDeque},
+    convert::Infallible,
+    fmt::Write as _,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{
@@ -14,24 +26,26 @@ use http::{
 };
 use http_body_util::Full;
 use hyper::{server::conn::http1, service::service_fn};
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,
     sync::watch,
-    task::JoinSet,
+    task::{AbortHandle, JoinSet, yield_now},
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
 use crate::metrics::{self, Metrics};
 
-/// Connections served at a time; further ones wait in the listener's backlog.
+/// Connections held at a time; one more takes the place of the oldest silent one, else of the oldest.
 pub const MAX_CONNECTIONS: usize = 16;
 /// Request line and headers together.
 pub const MAX_HEADER_BYTES: usize = 8 * 1024;
 /// Headers of one request.
 pub const MAX_HEADERS: usize = 64;
+/// Time from accepting a connection to the end of its request's headers.
+pub const HEADER_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time for a whole connection, from accepting it to sending the last byte.
 pub const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause after a failed `accept(2)`, which fails again at once while descriptors are short.
@@ -51,14 +65,16 @@ pub struct Admin {
 impl Admin {
     /// Serves until `stop` is cancelled; a request in progress is cut off then.
     pub async fn serve(self, listener: TcpListener, stop: CancellationToken) {
-        let mut connections = JoinSet::new();
+        let mut connections = Connections::default();
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
-                Some(_) = connections.join_next() => {}
-                accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
+                Some(_) = connections.tasks.join_next() => {}
+                accepted = listener.accept() => match accepted {
                     Ok((stream, _)) => {
-                        connections.spawn(self.clone().connection(stream));
+                        connections.admit(&self, stream);
+                        // A request that is already here is read before further connections can push it out.
+                        yield_now().await;
                     }
                     Err(error) => {
                         tracing::warn!(%error, "the admin endpoint cannot accept a connection");
@@ -69,13 +85,17 @@ impl Admin {
         }
     }
 
-    async fn connection(self, stream: impl AsyncRead + AsyncWrite + Unpin) {
+    /// Serves one connection; `asked` becomes true at the end of its request's headers.
+    async fn connection(self, stream: impl AsyncRead + AsyncWrite + Unpin, asked: Arc<AtomicBool>) {
         let admin = Arc::new(self);
         let service = service_fn(|request| {
+            asked.store(true, Ordering::Relaxed);
             let response = admin.respond(&request);
             async { Ok::<_, Infallible>(response) }
         });
         let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEADER_TIMEOUT)
             .keep_alive(false)
             .max_header_size(MAX_HEADER_BYTES)
             .max_headers(MAX_HEADERS)
@@ -110,6 +130,38 @@ impl Admin {
     }
 }
 
+/// Connections under way.
+#[derive(Default)]
+struct Connections {
+    tasks: JoinSet<()>,
+    /// At most [`MAX_CONNECTIONS`], the oldest first.
+    places: VecDeque<Place>,
+}
+
+struct Place {
+    /// Whether its request's headers are there.
+    asked: Arc<AtomicBool>,
+    task: AbortHandle,
+}
+
+impl Connections {
+    /// Serves one more, in the place of another if all are taken.
+    fn admit(&mut self, admin: &Admin, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
+        while self.tasks.try_join_next().is_some() {}
+        self.places.retain(|place| !place.task.is_finished());
+        if self.places.len() >= MAX_CONNECTIONS {
+            let silent = self.places.iter().position(|place| !place.asked.load(Ordering::Relaxed));
+            // Where all are being answered, the oldest has had the most time for it.
+            if let Some(place) = self.places.remove(silent.unwrap_or(0)) {
+                place.task.abort();
+            }
+        }
+        let asked = Arc::new(AtomicBool::new(false));
+        let task = self.tasks.spawn(admin.clone().connection(stream, asked.clone()));
+        self.places.push_back(Place { asked, task });
+    }
+}
+
 type Conditions = BTreeMap<&'static str, Result<(), Cow<'static, str>>>;
 
 /// Whether this process can issue: a set of named conditions that must all hold. Clones share it.
@@ -141,6 +193,14 @@ impl Readiness {
             };
         }
         if ready(&conditions) { Ok(report + "ready\n") } else { Err(report + "not ready\n") }
+    }
+
+    /// The conditions that do not hold, in one line; `None` if it is ready.
+    pub fn why_not(&self) -> Option<String> {
+        let conditions = self.0.borrow();
+        let failing = conditions.iter().filter_map(|(name, state)| Some(format!("{name}: {}", state.as_ref().err()?)));
+        let failing = failing.collect::<Vec<_>>().join("; ");
+        (!ready(&conditions)).then(|| if failing.is_empty() { "nothing is known yet".to_owned() } else { failing })
     }
 
     /// Returns when it is as `wanted`; at once when it is already.
@@ -192,7 +252,7 @@ mod tests {
     use std::net::SocketAddr;
 
     use tokio::{
-        io::{AsyncReadExt, AsyncWriteExt, duplex},
+        io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
         net::TcpStream,
         time::Instant,
     };
@@ -298,30 +358,126 @@ mod tests {
         assert_eq!(running.send(&request.repeat(2)).await.matches("HTTP/1.1").count(), 1);
     }
 
-    #[tokio::test]
-    async fn a_connection_over_the_limit_waits_for_a_place() {
-        let running = Running::start().await;
-        let mut held = Vec::new();
-        for _ in 0..MAX_CONNECTIONS {
-            held.push(TcpStream::connect(running.address).await.unwrap());
+    /// Connections in memory, whose time is the test's.
+    struct Crowd {
+        admin: Admin,
+        connections: Connections,
+    }
+
+    impl Crowd {
+        fn new() -> Self {
+            let admin = Admin { metrics: Metrics::new(), readiness: Readiness::new() };
+            Self { admin, connections: Connections::default() }
         }
-        let waiting = running.send("GET /livez HTTP/1.1\r\n\r\n");
-        tokio::pin!(waiting);
-        assert!(timeout(Duration::from_millis(200), &mut waiting).await.is_err(), "no place is free");
-        drop(held.pop());
-        assert!(waiting.await.starts_with("HTTP/1.1 200"));
+
+        /// A connection whose client has sent this, and which the server has read; it holds 64 bytes on their way.
+        async fn connect(&mut self, sent: &str) -> DuplexStream {
+            let (mut client, server) = duplex(64);
+            client.write_all(sent.as_bytes()).await.unwrap();
+            self.connections.admit(&self.admin, server);
+            yield_now().await;
+            client
+        }
+    }
+
+    async fn read(mut client: DuplexStream) -> String {
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    const LIVEZ: &str = "GET /livez HTTP/1.1\r\n\r\n";
+    const METRICS: &str = "GET /metrics HTTP/1.1\r\n\r\n";
+
+    #[tokio::test(start_paused = true)]
+    async fn idle_connections_of_any_number_do_not_delay_a_request() {
+        for number in [MAX_CONNECTIONS - 1, MAX_CONNECTIONS, MAX_CONNECTIONS + 1, 34, 500] {
+            for sent in ["", "GET /li"] {
+                let (mut crowd, mut idle, start) = (Crowd::new(), Vec::new(), Instant::now());
+                for _ in 0..number {
+                    idle.push(crowd.connect(sent).await);
+                    assert!(crowd.connections.places.len() <= MAX_CONNECTIONS);
+                }
+                let client = crowd.connect(LIVEZ).await;
+                assert!(read(client).await.starts_with("HTTP/1.1 200"));
+                assert_eq!(start.elapsed(), Duration::ZERO, "{number} idle connections that sent {sent:?}");
+            }
+        }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_client_that_never_finishes_writing_or_never_reads_is_cut_off() {
-        for request in ["GET /li", "GET /metrics HTTP/1.1\r\n\r\n"] {
-            let admin = Admin { metrics: Metrics::new(), readiness: Readiness::new() };
-            let (mut client, server) = duplex(64);
-            client.write_all(request.as_bytes()).await.unwrap();
-            let start = Instant::now();
-            admin.connection(server).await;
-            assert_eq!(start.elapsed(), CONNECTION_TIMEOUT, "{request}");
+    async fn one_connection_past_the_bound_takes_the_place_of_the_oldest_silent_one() {
+        let mut crowd = Crowd::new();
+        let mut held = vec![crowd.connect(METRICS).await];
+        while held.len() < MAX_CONNECTIONS {
+            held.push(crowd.connect("GET").await);
         }
+        assert_eq!(crowd.connections.tasks.len(), MAX_CONNECTIONS);
+        held.push(crowd.connect("").await);
+        assert_eq!(crowd.connections.places.len(), MAX_CONNECTIONS);
+        assert_eq!(read(held.remove(1)).await, "", "the oldest silent one");
+        assert!(held[1].write_all(b" /livez HTTP/1.1\r\n\r\n").await.is_ok());
+        assert!(read(held.remove(1)).await.starts_with("HTTP/1.1 200"), "the next one is still heard");
+        assert!(read(held.remove(0)).await.ends_with("# EOF\n"), "one that is being answered is older, and stays");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn where_all_are_being_answered_the_oldest_gives_way() {
+        let mut crowd = Crowd::new();
+        let mut held = Vec::new();
+        for _ in 0..=MAX_CONNECTIONS {
+            held.push(crowd.connect(METRICS).await);
+        }
+        assert!(!read(held.remove(0)).await.ends_with("# EOF\n"), "cut off");
+        for answered in held {
+            assert!(read(answered).await.ends_with("# EOF\n"));
+        }
+    }
+
+    #[tokio::test]
+    async fn idle_connections_on_the_port_leave_room_for_a_probe() {
+        let running = Running::start().await;
+        let mut idle = Vec::new();
+        // Descriptors are short in a process of many tests.
+        for _ in 0..4 * MAX_CONNECTIONS {
+            idle.push(TcpStream::connect(running.address).await.unwrap());
+        }
+        for _ in 0..MAX_CONNECTIONS {
+            running.check("GET /livez", "200", "", "ok\n").await;
+        }
+        drop(idle);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_header_has_a_second_and_a_reader_the_time_of_the_connection() {
+        async fn check(sent: &str, expected: Duration) {
+            let mut crowd = Crowd::new();
+            let start = Instant::now();
+            let _client = crowd.connect(sent).await;
+            crowd.connections.tasks.join_next().await;
+            assert_eq!(start.elapsed(), expected, "{sent:?}");
+        }
+        check("", HEADER_TIMEOUT).await;
+        check("GET /li", HEADER_TIMEOUT).await;
+        check("GET /livez HTTP/1.1\r\nhost: localhost\r\n", HEADER_TIMEOUT).await;
+        check(METRICS, CONNECTION_TIMEOUT).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_header_that_comes_in_drops_has_no_longer() {
+        let (mut crowd, start) = (Crowd::new(), Instant::now());
+        let mut client = crowd.connect("G").await;
+        let drops = async {
+            while client.write_all(b"E").await.is_ok() {
+                sleep(HEADER_TIMEOUT / 10).await;
+            }
+        };
+        tokio::select! {
+            biased;
+            _ = crowd.connections.tasks.join_next() => {}
+            () = drops => panic!("the server has closed its end and says that it has not"),
+        }
+        assert_eq!(start.elapsed(), HEADER_TIMEOUT);
     }
 
     #[tokio::test]

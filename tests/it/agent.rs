@@ -51,6 +51,8 @@ impl Agent {
     /// An agent that is yet to be spawned.
     pub(crate) fn prepare(policy: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
+        // An agent refuses policies that a group may write, as some users' umask has it.
+        rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
         // Other users' clients must be able to reach the socket.
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
         fs::write(folder.path().join("policy.yaml"), policy).unwrap();

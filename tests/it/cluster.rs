@@ -66,7 +66,7 @@ pub(crate) use self::{
     access::{Access, Identity},
     fault_proxy::{Fault, FaultProxy},
     node::{CSRD_IMAGE, RealNode, SHELL_IMAGE},
-    shipped::{Overlay, SYSTEM},
+    shipped::{CONTROLLER, Overlay, SYSTEM},
 };
 use self::{
     pki::{Leaf, Pki},

@@ -2,6 +2,7 @@
 
 pub(crate) mod agent;
 pub(crate) mod deployment;
+mod shipped;
 
 use std::{sync::Arc, time::Duration};
 

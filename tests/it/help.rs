@@ -17,7 +17,8 @@ fn help(arguments: &[&str]) -> String {
 #[test]
 fn the_help_of_every_command() {
     insta::assert_snapshot!("csrd", help(&[]));
-    for command in ["demo", "agent", "controller", "issue", "watch", "whoami", "status", "policy", "crd", "completion"]
+    for command in
+        ["demo", "agent", "controller", "issue", "watch", "whoami", "status", "health", "policy", "crd", "completion"]
     {
         insta::assert_snapshot!(command, help(&[command]));
     }

@@ -9,7 +9,10 @@ use std::{
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, KeyUsagePurpose};
 
-use crate::agent::{Agent, ask, policy};
+use crate::{
+    agent::{Agent, ask, policy},
+    attest::is_root,
+};
 
 const FAILED: i32 = 1;
 const USAGE: i32 = 64;
@@ -109,4 +112,30 @@ async fn a_ca_that_cannot_be_used_is_named_with_the_reason() {
     write(&agent, "ca.key", leaf.private_key);
     refused(&["ca.crt", "the first certificate is no CA"]);
     assert!(!other.exists(), "no socket was left behind");
+}
+
+#[test]
+fn policies_that_others_may_write_are_refused_with_the_command_that_mends_it() {
+    let agent = Agent::prepare(&policy());
+    let file = agent.path("policy.yaml");
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o664)).unwrap();
+    let (code, said) = agent.refused_start();
+    assert_eq!(code, Some(USAGE), "{said}");
+    let expected = format!("group or others may write to {0} (mode 0664); run: chmod go-w {0}", file.display());
+    assert!(said.contains(&expected), "{said}");
+    assert!(!agent.socket().exists());
+}
+
+/// As a ConfigMap volume has it, in which others can write nothing because it is mounted read-only.
+#[tokio::test]
+async fn policies_in_a_volume_that_is_read_only_may_have_any_mode() {
+    if !is_root("policies in a volume that is read-only") {
+        return;
+    }
+    let volume = "mv policy.yaml p && mkdir policy.yaml && mount -t tmpfs -o mode=0777 none policy.yaml \
+        && cp p policy.yaml/a.yaml";
+    let (code, said) = Agent::prepare(&policy()).mounting(volume).refused_start();
+    assert_eq!(code, Some(USAGE), "{said}");
+    assert!(said.contains("(mode 0777); run: chmod go-w"), "{said}");
+    Agent::prepare(&policy()).mounting(&format!("{volume} && mount -o remount,ro policy.yaml")).spawn().await;
 }

@@ -5,6 +5,9 @@
 //! matter how they change: written in place, renamed over, or a whole folder swapped behind a symbolic link as the
 //! kubelet does. inotify only says when to look; where it says nothing (network file systems), a slow poll does.
 //!
+//! Policies decide who gets which certificate, so what others than root and the agent's user can change is not believed:
+//! see [`files::check_writers`]. Offline, [`read_set`] reads whatever it is given.
+//!
 //! A folder's files are those named `*.yaml` and `*.yml` in it, in order of name; hidden ones and subfolders are not read.
 
 use std::{
@@ -23,7 +26,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    files::{self, FileError},
+    files::{self, FileError, Untrusted},
     metrics::Metrics,
     policy::{EMBEDDED, MAX_SOURCE_BYTES, PolicySet, Problem, Source},
 };
@@ -76,7 +79,7 @@ impl PolicyFiles {
     /// Every problem: nothing is served by half a policy.
     pub fn load(paths: Vec<PathBuf>, metrics: Metrics) -> Result<Self, LoadError> {
         let paths: Vec<_> = paths.into_iter().map(|path| std::path::absolute(&path).unwrap_or(path)).collect();
-        let content = read(&paths);
+        let content = read(&paths, trusted);
         let set = parse(&content, EMBEDDED).map_err(LoadError)?;
         metrics.policy_loaded(1);
         Ok(Self {
@@ -190,7 +193,7 @@ impl PolicyFiles {
 ///
 /// Every problem, as for [`PolicyFiles::load`].
 pub fn read_set(paths: &[PathBuf], default_signer: &str) -> Result<PolicySet, LoadError> {
-    parse(&read(paths), default_signer).map_err(LoadError)
+    parse(&read(paths, |_| Ok(())), default_signer).map_err(LoadError)
 }
 
 fn parse(content: &Content, default_signer: &str) -> Result<PolicySet, Vec<Problem>> {
@@ -199,13 +202,14 @@ fn parse(content: &Content, default_signer: &str) -> Result<PolicySet, Vec<Probl
 
 async fn read_apart(paths: &[PathBuf]) -> Content {
     let paths = paths.to_vec();
-    spawn_blocking(move || read(&paths)).await.expect("reading does not panic and is not aborted")
+    spawn_blocking(move || read(&paths, trusted)).await.expect("reading does not panic and is not aborted")
 }
 
-fn read(paths: &[PathBuf]) -> Content {
+/// Reads what passes `check`, too.
+fn read(paths: &[PathBuf], check: fn(&Path) -> Result<(), String>) -> Content {
     let (mut files, mut problems) = (Vec::new(), Vec::new());
     for path in paths {
-        match path.is_dir().then(|| list(path)) {
+        match path.is_dir().then(|| list(path).and_then(|listed| check(path).map(|()| listed))) {
             None => files.push(path.clone()),
             Some(Ok(listed)) => files.extend(listed),
             Some(Err(message)) => problems.push(problem(path, message)),
@@ -218,7 +222,7 @@ fn read(paths: &[PathBuf]) -> Content {
     let mut sources = Vec::new();
     let mut left = MAX_SET_BYTES;
     for path in &files {
-        match read_file(path, left) {
+        match read_file(path, left).and_then(|text| check(path).map(|()| text)) {
             Ok(text) => {
                 left -= text.len();
                 sources.push(Source { origin: path.display().to_string(), text });
@@ -254,6 +258,14 @@ fn read_file(path: &Path, left: usize) -> Result<String, String> {
             format!("{error}; a file may have {MAX_SOURCE_BYTES}, all of a set {MAX_SET_BYTES}")
         }
         FileError::NotRegular | FileError::NotUtf8 { .. } => error.to_string(),
+    })
+}
+
+/// Whether nobody but root and the agent's user can change what is read there.
+fn trusted(path: &Path) -> Result<(), String> {
+    files::check_writers(path).map_err(|error| match error {
+        Untrusted::Io { ref source, .. } => format!("{error}: {source}"),
+        error => error.to_string(),
     })
 }
 
@@ -302,7 +314,7 @@ fn watcher(paths: &[PathBuf], tell: &mpsc::Sender<()>) -> Option<RecommendedWatc
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
 
     use rustix::fs::{CWD, FileType, Mode, mknodat};
     use tempfile::TempDir;
@@ -321,6 +333,8 @@ mod tests {
 
     fn folder(files: &[(&str, &str)]) -> TempDir {
         let folder = TempDir::new().unwrap();
+        // Policies that a group may write, as some users' umask has it, are refused.
+        rustix::process::umask(Mode::from_raw_mode(0o022));
         for (name, text) in files {
             fs::write(folder.path().join(name), text).unwrap();
         }
@@ -342,7 +356,7 @@ mod tests {
             folder(&[("b.yaml", "b"), ("a.yml", "a"), (".hidden.yaml", "no"), ("c.txt", "no"), ("yaml", "no")]);
         fs::create_dir(folder.path().join("sub")).unwrap();
         fs::write(folder.path().join("sub/d.yaml"), "no").unwrap();
-        let sources = read(&[folder.path().to_owned()]).unwrap();
+        let sources = read(&[folder.path().to_owned()], trusted).unwrap();
         let texts: Vec<_> = sources.iter().map(|source| source.text.as_str()).collect();
         assert_eq!(texts, ["a", "b"]);
         assert!(sources[0].origin.ends_with("/a.yml"));
@@ -380,6 +394,23 @@ mod tests {
         fs::create_dir(folder.path().join("folder.yaml")).unwrap();
         refused(folder.path(), "it is no regular file");
         refused(Path::new("/dev/zero"), "it is no regular file");
+    }
+
+    fn mode(path: &Path, mode: u32) {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    #[test]
+    fn what_others_may_write_is_a_problem_for_an_agent_and_none_offline() {
+        let folder = folder(&[("a.yaml", &policy("a"))]);
+        let file = folder.path().join("a.yaml");
+        for (path, bits, good) in [(file.as_path(), 0o664, 0o644), (folder.path(), 0o1777, 0o755)] {
+            mode(path, bits);
+            refused(folder.path(), &format!("(mode {bits:04o}); run: chmod go-w {}", path.display()));
+            assert_eq!(read_set(&[folder.path().to_owned()], EMBEDDED).unwrap().len(), 1);
+            mode(path, good);
+            assert!(load(&[folder.path()]).is_ok());
+        }
     }
 
     #[test]
@@ -530,6 +561,23 @@ mod tests {
             assert!(!policies.has_changed().unwrap());
             assert_eq!(policies.borrow().len(), 1);
             fs::write(folder.path().join("b.yaml"), policy("b")).unwrap();
+            until_len(&mut policies, 2).await;
+            assert!(problems.borrow().is_empty());
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn the_last_good_set_stays_while_others_may_write() {
+        let folder = folder(&[("a.yaml", &policy("a"))]);
+        let file = folder.path().join("a.yaml");
+        following(folder.path(), async |mut policies, mut problems| {
+            mode(&file, 0o666);
+            problems.wait_for(|problems| !problems.is_empty()).await.unwrap();
+            fs::write(&file, policy("a") + "---\n" + &policy("b")).unwrap();
+            // Seen while it is writable or after, it counts only after.
+            assert_eq!(policies.borrow_and_update().len(), 1);
+            mode(&file, 0o644);
             until_len(&mut policies, 2).await;
             assert!(problems.borrow().is_empty());
         })

@@ -4,7 +4,11 @@
 //! for ever: in their place are pods of the tests, with the agents' ServiceAccount, and one `csrd controller` on this host,
 //! with the rights that are shipped and the configuration of the defaults. The API server keeps an audit log.
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use csrd::kubernetes::SIGNER;
 use k8s_openapi::{ByteString, api::certificates::v1::CertificateSigningRequest};
@@ -16,7 +20,7 @@ use tokio::sync::OnceCell;
 use super::{ControlPlane, Identity, Options, Part, eventually};
 
 pub(crate) const SYSTEM: &str = "csrd-system";
-const CONTROLLER: &str = "csrd-controller";
+pub(crate) const CONTROLLER: &str = "csrd-controller";
 
 /// A folder of `deploy/kubernetes`.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -31,6 +35,11 @@ impl ControlPlane {
     pub(crate) async fn shipped(overlay: Overlay) -> Option<&'static Self> {
         static SHARED: [OnceCell<Option<ControlPlane>>; 2] = [const { OnceCell::const_new() }; 2];
         SHARED[overlay as usize].get_or_init(|| ship(overlay)).await.as_ref()
+    }
+
+    /// Where its controller answers `csrd health`.
+    pub(crate) fn health_socket(&self) -> PathBuf {
+        self.processes.folder().join("controller.sock")
     }
 
     /// The events of the audit log that have this in them.
@@ -95,6 +104,6 @@ async fn start_controller(cluster: &ControlPlane) {
     fs::write(cluster.processes.folder().join("controller.yaml"), json!({"kubeconfig": kubeconfig}).to_string())
         .unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_csrd"));
-    command.args(["controller", "--config", "controller.yaml"]);
+    command.args(["controller", "--config", "controller.yaml", "--socket"]).arg(cluster.health_socket());
     cluster.processes.start(CONTROLLER, command);
 }

@@ -39,6 +39,7 @@
 //!   goes to a thread that may.
 //! - Whatever a caller can make grow has a bound, which is a named constant. What is beyond it is refused, with a reason
 //!   from the closed set in `server/refusal.rs`, or by the protocol's own error where the HTTP/2 stack judges it.
+//! - What others chose is shown only as [`text`] prints it: in log lines, tables, messages, conditions and Events.
 //! - Secrets have no `Debug` that shows them, are wiped when dropped, and are in no log, span or error.
 //! - Everything stops: every answer ends at the stop, and each part has less time than what waits for it; see
 //!   [`server::stop`]. The first long-lived task to end, for whatever reason, stops the process.
@@ -53,6 +54,7 @@
 //! | module | may import |
 //! |---|---|
 //! | `proto` | nothing of ours |
+//! | `text` | nothing of ours |
 //! | `clock` | nothing of ours |
 //! | `tasks` | nothing of ours |
 //! | `backoff` | nothing of ours |
@@ -60,22 +62,22 @@
 //! | `spiffe` | nothing of ours |
 //! | `files` | nothing of ours |
 //! | `socket` | nothing of ours |
-//! | `telemetry` | nothing of ours |
+//! | `telemetry` | `text` |
 //! | `kubernetes` | `telemetry`, `backoff` |
 //! | `rate` | nothing of ours |
 //! | `x509` | `spiffe` |
-//! | `attest::workload` | nothing of ours |
-//! | `policy` | `x509`, `attest::workload` |
+//! | `attest::workload` | `text` |
+//! | `policy` | `x509`, `attest::workload`, `text` |
 //! | `attest` | `attest::workload`, `attest::pods`, `kubernetes`, `clock` |
 //! | `attest::pods` | `attest`, `attest::workload`, `kubernetes`, `clock` |
 //! | `policy::watch` | `policy`, `files`, `metrics`, `kubernetes` |
 //! | `trust` | `x509`, `files`, `kubernetes` |
-//! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `kubernetes`, `metrics`, `backoff`, `telemetry` |
+//! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `kubernetes`, `metrics`, `backoff`, `telemetry`, `text` |
 //! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock` |
 //! | `hub` | `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `rate`, `metrics`, `telemetry`, `attest::pods` |
-//! | `server` | `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `issue`, `hub`, `metrics`, `telemetry` |
-//! | `controller` | `attest::pods`, `attest::workload`, `policy`, `policy::watch`, `x509`, `signer`, `kubernetes`, `clock`, `backoff`, `rate`, `metrics`, `telemetry` |
-//! | `client` | `proto`, `socket`, `backoff`, `telemetry` |
+//! | `server` | `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `issue`, `hub`, `metrics`, `telemetry`, `text` |
+//! | `controller` | `attest::pods`, `attest::workload`, `policy`, `policy::watch`, `x509`, `signer`, `kubernetes`, `clock`, `backoff`, `rate`, `metrics`, `telemetry`, `text` |
+//! | `client` | `proto`, `socket`, `backoff`, `telemetry`, `text` |
 //! | `config` | `controller`, `policy`, `signer`, `files`, `socket`, `telemetry`, `kubernetes`, `trust` |
 //! | `agent` | everything |
 //! | `cli` | everything |
@@ -117,5 +119,6 @@ pub mod socket;
 pub mod spiffe;
 pub mod tasks;
 pub mod telemetry;
+pub mod text;
 pub mod trust;
 pub mod x509;

@@ -52,6 +52,7 @@ use crate::{
     proto::ERROR_DOMAIN,
     signer::{SignError, kubernetes::KubernetesError},
     telemetry::with_causes,
+    text::printable,
 };
 
 /// Of a signer that is not there, whoever names it. Clients may come back: a policy or the agent's configuration mends it.
@@ -63,12 +64,14 @@ pub(super) struct Refusal {
     pub(super) code: Code,
     /// From a closed set.
     pub(super) reason: &'static str,
+    /// One line that no terminal takes for more than its words.
     pub(super) message: String,
 }
 
 impl Refusal {
     pub(super) fn new(code: Code, reason: &'static str, message: impl Into<String>) -> Self {
-        Self { code, reason, message: message.into() }
+        // Names, paths and other servers' words are in there, and the caller's tools print them.
+        Self { code, reason, message: printable(&message.into()) }
     }
 
     /// The agent is going away; the caller should come back.

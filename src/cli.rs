@@ -235,10 +235,20 @@ mod tests {
     use clap::CommandFactory as _;
 
     use super::*;
+    use crate::policy::{Problem, watch::LoadError};
 
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn an_error_keeps_its_own_lines_and_steers_no_terminal() {
+        let problem = Problem { file: "a\nb".into(), line: 3, field: "\u{1b}[2J".into(), message: "\u{202e}".into() };
+        let error = LoadError(vec![problem.clone(), problem]);
+        let line = r"  a\nb:3: \u{1b}[2J: \u{202e}";
+        assert_eq!(lines(&error.to_string()), format!("2 problems in the policy files\n{line}\n{line}"));
+        assert_eq!(lines("a\u{1b}[2J"), r"a\u{1b}[2J");
     }
 
     #[test]

@@ -238,6 +238,12 @@ mod tests {
     }
 
     #[test]
+    fn what_a_caller_is_told_steers_no_terminal() {
+        let refusal = Refusal::new(Code::PermissionDenied, "POLICY_DENIED", "uid 7 /tmp/a\n\u{1b}[2J\u{202e}");
+        assert_eq!(Status::from(refusal).message(), r"uid 7 /tmp/a\n\u{1b}[2J\u{202e}");
+    }
+
+    #[test]
     fn one_error_reads_the_same_whoever_meets_it() {
         let (own, hubs) = (Refusal::stopping(), Refusal::from(&HubError::Stopping));
         assert_eq!((own.code, own.reason, own.message), (hubs.code, hubs.reason, hubs.message));

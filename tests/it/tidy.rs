@@ -536,7 +536,7 @@ fn comments_strings_and_tests_are_not_code() {
 #[test]
 fn the_longest_prefix_decides() {
     expect(&[("src/policy/template.rs", "use crate::attest::workload::Workload;")], &[]);
-    let caught = "`policy` may import [x509, attest::workload], and this is `crate::attest::Peer`, of `attest`";
+    let caught = "`policy` may import [x509, attest::workload, text], and this is `crate::attest::Peer`, of `attest`";
     expect(&[("src/policy/template.rs", "use crate::attest::Peer;")], &[caught]);
     expect(&[("src/policy/watch.rs", "use crate::policy::PolicySet;")], &[]);
     expect(&[("src/policy.rs", "use crate::policy::watch::PolicyFiles;")], &["of `policy::watch`"]);

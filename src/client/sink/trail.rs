@@ -58,7 +58,8 @@ impl Standing {
 /// # Errors
 /// Others than root may change where the way leads and `accepted` is false, or they have laid it.
 pub(super) fn walk(path: &Path, make: bool, accepted: bool) -> Result<OwnedFd, SinkError> {
-    let failed = |error: io::Error| Folder::error("open the folder", path, error);
+    let action = if make { "make the folder" } else { "open the folder" };
+    let failed = |error: io::Error| Folder::error(action, path, error);
     let whole = std::path::absolute(path).map_err(failed)?;
     let mut step = Step::root(accepted).map_err(|errno| failed(errno.into()))?;
     // The next name is the last.

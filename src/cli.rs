@@ -26,10 +26,11 @@ use clap::Parser as _;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 
 use crate::{
-    client::{ClientError, Code, output::Style},
+    client::{ClientError, Code, output::Style, sink::SinkError},
     config::otel_variables,
     tasks::TaskError,
     telemetry::{Log, LogFormat, Telemetry, with_causes},
+    text::printable,
 };
 
 const EXIT_CODES: &str = "Exit codes:
@@ -108,7 +109,7 @@ pub async fn run() -> ExitCode {
         }
     };
     cli.command.run().await.unwrap_or_else(|error| {
-        let _ = writeln!(io::stderr(), "csrd: {}", with_causes(&*error));
+        let _ = writeln!(io::stderr(), "csrd: {}", lines(&with_causes(&*error)));
         exit(&error).into()
     })
 }
@@ -147,6 +148,12 @@ async fn traced(command: impl Future<Output = anyhow::Result<ExitCode>>) -> anyh
     ended
 }
 
+/// An error as a terminal may have it. Its own lines stay: each problem of a policy file has one, in which everything that
+/// the file says is escaped already.
+fn lines(error: &str) -> String {
+    error.lines().map(printable).collect::<Vec<_>>().join("\n")
+}
+
 /// The exit code for an error: the first one in its chain that has a code of its own.
 fn exit(error: &anyhow::Error) -> Exit {
     let known = |cause: &(dyn std::error::Error + 'static)| match cause.downcast_ref::<ClientError>() {
@@ -157,6 +164,7 @@ fn exit(error: &anyhow::Error) -> Exit {
             _ => Exit::Failure,
         }),
         None if cause.is::<UsageError>() => Some(Exit::Usage),
+        None if cause.downcast_ref().is_some_and(SinkError::is_usage) => Some(Exit::Usage),
         None => cause.is::<TaskError>().then_some(Exit::TaskLost),
     };
     error.chain().find_map(known).unwrap_or(Exit::Failure)
@@ -233,6 +241,7 @@ mod tests {
     use clap::CommandFactory as _;
 
     use super::*;
+    use crate::policy::{Problem, watch::LoadError};
 
     /// What the limit is for is said at [`forbid_core_dumps`].
     #[test]
@@ -248,6 +257,15 @@ mod tests {
     }
 
     #[test]
+    fn an_error_keeps_its_own_lines_and_steers_no_terminal() {
+        let problem = Problem { file: "a\nb".into(), line: 3, field: "\u{1b}[2J".into(), message: "\u{202e}".into() };
+        let error = LoadError(vec![problem.clone(), problem]);
+        let line = r"  a\nb:3: \u{1b}[2J: \u{202e}";
+        assert_eq!(lines(&error.to_string()), format!("2 problems in the policy files\n{line}\n{line}"));
+        assert_eq!(lines("a\u{1b}[2J"), r"a\u{1b}[2J");
+    }
+
+    #[test]
     fn an_error_ends_with_the_code_of_the_first_cause_that_has_one() {
         fn check(error: anyhow::Error, expected: Exit) {
             assert_eq!(exit(&error), expected, "{error:#}");
@@ -260,6 +278,8 @@ mod tests {
         check(answer(Code::Internal).into(), Exit::Failure);
         check(TaskError::Ended("hub").into(), Exit::TaskLost);
         check(UsageError("--lifetime: not a duration".into()).into(), Exit::Usage);
+        check(SinkError::Planted("a".into()).into(), Exit::Usage);
+        check(SinkError::Occupied("a".into()).into(), Exit::Failure);
         check(anyhow::Error::new(UsageError("no".into())).context("reading the request"), Exit::Usage);
     }
 }

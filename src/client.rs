@@ -31,12 +31,10 @@ use crate::{
     },
     socket::SocketPath,
     telemetry,
+    text::printable,
 };
 
 pub use tonic::Code;
-
-/// Characters of one text from the agent that are shown; the rest is cut.
-pub const MAX_TEXT_CHARS: usize = 4096;
 
 /// Why a call failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -216,21 +214,6 @@ async fn traced<T>(path: &'static str, call: impl Future<Output = Result<T, Clie
     answer
 }
 
-/// Text from the other end made safe for a terminal and a log: control characters escaped, length bounded.
-pub fn printable(text: &str) -> String {
-    let mut safe = String::with_capacity(text.len().min(MAX_TEXT_CHARS));
-    for c in text.chars().take(MAX_TEXT_CHARS) {
-        match c {
-            // Also the bidirectional overrides and isolates, which reorder what a terminal shows.
-            c if c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}') => {
-                safe.extend(c.escape_unicode());
-            }
-            c => safe.push(c),
-        }
-    }
-    safe
-}
-
 #[cfg(test)]
 mod tests {
     use tonic_types::ErrorDetails;
@@ -257,16 +240,5 @@ mod tests {
         assert_eq!((error.code, error.reason.as_str()), (Code::Unavailable, ClientError::UNREACHABLE));
         assert!(error.is_transient());
         assert_eq!(error.message, "no agent answers at /nonexistent/s: No such file or directory (os error 2)");
-    }
-
-    #[test]
-    fn shown_text_cannot_steer_a_terminal() {
-        fn check(text: &str, expected: &str) {
-            assert_eq!(printable(text), expected);
-        }
-        check("uid 1000 /usr/bin/wéb", "uid 1000 /usr/bin/wéb");
-        check("a\x1b]0;b\x07\n\u{9b}", "a\\u{1b}]0;b\\u{7}\\u{a}\\u{9b}");
-        check("\u{202e}gpj", "\\u{202e}gpj");
-        check(&"x".repeat(MAX_TEXT_CHARS + 1), &"x".repeat(MAX_TEXT_CHARS));
     }
 }

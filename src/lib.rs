@@ -40,6 +40,7 @@
 //! - Everything a caller can make grow is bounded by a named constant and charged to its principal in [`account`]. What is
 //!   beyond it is refused, with a reason from the closed set in `server/refusal.rs`, or by the protocol's own error where
 //!   the HTTP/2 stack judges it.
+//! - What others chose is shown only as [`text`] prints it: in log lines, tables, messages, conditions and Events.
 //! - Secrets have no `Debug` that shows them, are wiped when dropped, and are in no log, span or error. The buffers of the
 //!   HTTP/2 stack through which an answer goes out are not ours and are not wiped.
 //! - Everything stops: every answer ends at the stop, and each part has less time than what waits for it; see
@@ -55,6 +56,7 @@
 //! | module | may import |
 //! |---|---|
 //! | `proto` | nothing of ours |
+//! | `text` | nothing of ours |
 //! | `clock` | nothing of ours |
 //! | `tasks` | nothing of ours |
 //! | `backoff` | nothing of ours |
@@ -62,23 +64,23 @@
 //! | `spiffe` | nothing of ours |
 //! | `files` | nothing of ours |
 //! | `socket` | nothing of ours |
-//! | `telemetry` | nothing of ours |
+//! | `telemetry` | `text` |
 //! | `kubernetes` | `telemetry`, `backoff` |
 //! | `rate` | nothing of ours |
 //! | `x509` | `spiffe` |
 //! | `account` | `metrics` |
-//! | `attest::workload` | `account` |
-//! | `policy` | `x509`, `attest::workload` |
+//! | `attest::workload` | `account`, `text` |
+//! | `policy` | `x509`, `attest::workload`, `text` |
 //! | `attest` | `account`, `attest::workload`, `attest::pods`, `kubernetes`, `clock` |
 //! | `attest::pods` | `attest`, `attest::workload`, `kubernetes`, `clock` |
 //! | `policy::watch` | `policy`, `files`, `metrics`, `kubernetes` |
 //! | `trust` | `x509`, `files`, `kubernetes` |
-//! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `kubernetes`, `metrics`, `backoff`, `telemetry` |
+//! | `signer` | `attest::workload`, `policy`, `x509`, `clock`, `kubernetes`, `metrics`, `backoff`, `telemetry`, `text` |
 //! | `issue` | `attest::workload`, `policy`, `x509`, `signer`, `clock` |
 //! | `hub` | `account`, `attest::workload`, `policy`, `x509`, `signer`, `issue`, `clock`, `backoff`, `rate`, `metrics`, `telemetry`, `attest::pods` |
-//! | `server` | `account`, `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `issue`, `hub`, `metrics`, `telemetry` |
-//! | `controller` | `attest::pods`, `attest::workload`, `policy`, `policy::watch`, `x509`, `signer`, `kubernetes`, `clock`, `backoff`, `rate`, `metrics`, `telemetry` |
-//! | `client` | `proto`, `socket`, `backoff`, `telemetry` |
+//! | `server` | `account`, `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `issue`, `hub`, `metrics`, `telemetry`, `text` |
+//! | `controller` | `attest::pods`, `attest::workload`, `policy`, `policy::watch`, `x509`, `signer`, `kubernetes`, `clock`, `backoff`, `rate`, `metrics`, `telemetry`, `text` |
+//! | `client` | `proto`, `socket`, `backoff`, `telemetry`, `text` |
 //! | `config` | `controller`, `policy`, `signer`, `files`, `socket`, `telemetry`, `kubernetes`, `trust` |
 //! | `agent` | everything |
 //! | `cli` | everything |
@@ -121,5 +123,6 @@ pub mod socket;
 pub mod spiffe;
 pub mod tasks;
 pub mod telemetry;
+pub mod text;
 pub mod trust;
 pub mod x509;

@@ -48,6 +48,7 @@ use self::{
 };
 use crate::{
     attest::{Facts, Workload},
+    text::printable_within,
     x509::{KeyAlgorithm, Names, Usages},
 };
 
@@ -273,9 +274,7 @@ impl Denial {
             Some(first) if reasons.all(|reason| reason == first) => first,
             Some(_) => Reason::PolicyDenied,
         };
-        // An executable's path may hold anything but a slash and NUL.
-        let text = text.replace(char::is_control, "\u{fffd}");
-        Self { reason, text: clipped_bytes(text, MAX_DENIAL_BYTES) }
+        Self { reason, text: printable_within(&text, MAX_DENIAL_BYTES) }
     }
 }
 
@@ -393,14 +392,6 @@ fn clipped(text: String, max_chars: usize) -> String {
         Some((at, _)) => format!("{}…", &text[..at]),
         None => text,
     }
-}
-
-fn clipped_bytes(mut text: String, max_bytes: usize) -> String {
-    if text.len() > max_bytes {
-        text.truncate(text.floor_char_boundary(max_bytes - "…".len()));
-        text.push('…');
-    }
-    text
 }
 
 #[cfg(test)]
@@ -718,7 +709,7 @@ mod tests {
         let text = |chars| "\u{e9}".repeat(chars);
         assert_eq!(shown(&text(MAX_SHOWN_CHARS)), format!("{:?}", text(MAX_SHOWN_CHARS)));
         assert_eq!(shown(&text(MAX_SHOWN_CHARS + 1)), format!("\"{}…\"", text(MAX_SHOWN_CHARS)));
-        let denial = |bytes| clipped_bytes("a".repeat(bytes), MAX_DENIAL_BYTES);
+        let denial = |bytes| printable_within(&"a".repeat(bytes), MAX_DENIAL_BYTES);
         assert_eq!(denial(MAX_DENIAL_BYTES), "a".repeat(MAX_DENIAL_BYTES));
         assert_eq!(denial(MAX_DENIAL_BYTES + 1), "a".repeat(MAX_DENIAL_BYTES - "…".len()) + "…");
         let policies = set(&policy("p", ""));

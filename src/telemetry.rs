@@ -32,21 +32,19 @@ use tracing::{Dispatch, Metadata, Subscriber};
 use tracing_subscriber::{
     Layer, Registry,
     filter::{LevelFilter, ParseError, Targets, filter_fn},
-    fmt::{
-        MakeWriter,
-        format::{DefaultFields, JsonFields},
-    },
+    fmt::MakeWriter,
     layer::SubscriberExt,
     registry::LookupSpan,
 };
 
+pub use lines::{MAX_FIELD_BYTES, MAX_LINE_BYTES};
 pub use span::{
     call_span, current, deliver_span, inject, link, record_status, renew_span, rpc_span, traceparent, verdict_span,
 };
 pub use variables::Variables;
 
 use export::{Exporter, LateDispatch};
-use lines::{JsonLines, TextLines};
+use lines::{JsonLines, TextFields, TextLines};
 use variables::Traces;
 
 /// The longest that [`Telemetry::shutdown`] waits for the collector.
@@ -205,10 +203,11 @@ where
     S: Subscriber + for<'a> LookupSpan<'a>,
     W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
 {
-    let layer = tracing_subscriber::fmt::layer().with_writer(writer);
+    // The layer's own colours too: it gives them to the fields of spans.
+    let layer = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(log.ansi).fmt_fields(TextFields);
     match log.format {
-        LogFormat::Text => layer.fmt_fields(DefaultFields::new()).event_format(TextLines::new(log.ansi)).boxed(),
-        LogFormat::Json => layer.fmt_fields(JsonFields::new()).event_format(JsonLines::new()).boxed(),
+        LogFormat::Text => layer.event_format(TextLines::new(log.ansi)).boxed(),
+        LogFormat::Json => layer.event_format(JsonLines).boxed(),
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
     net::IpAddr,
 };
 
-use crate::account::Principal;
+use crate::{account::Principal, text::Printable};
 
 /// An attested workload.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -189,10 +189,10 @@ impl fmt::Display for UnixFacts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "uid {}", self.uid)?;
         if let Some(user) = &self.user {
-            write!(f, " ({user})")?;
+            write!(f, " ({})", Printable(user))?;
         }
         match &self.executable {
-            Some(path) => write!(f, " {path}"),
+            Some(path) => write!(f, " {}", Printable(path)),
             None => Ok(()),
         }
     }
@@ -201,7 +201,8 @@ impl fmt::Display for UnixFacts {
 /// One line for people: `pod production/web-0 (ServiceAccount web)`.
 impl fmt::Display for PodFacts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "pod {}/{} (ServiceAccount {})", self.namespace, self.name, self.service_account)
+        let [namespace, name, account] = [&self.namespace, &self.name, &self.service_account].map(|it| Printable(it));
+        write!(f, "pod {namespace}/{name} (ServiceAccount {account})")
     }
 }
 

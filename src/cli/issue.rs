@@ -16,11 +16,11 @@ use super::{
 use crate::{
     client::{
         output::{self, Summary},
-        printable,
         sink::{DEFAULT_KEY_MODE, Sink, Target},
     },
     files,
     proto::v1,
+    text::printable,
 };
 
 /// Bytes of the file of --server-ca.
@@ -47,6 +47,9 @@ pub struct Args {
     /// One file with the key and then the chain (0600), as haproxy and the kubelet read it
     #[arg(long, value_name = "FILE", conflicts_with_all = ["output", "dir", "csr"], help_heading = "Output")]
     combined: Option<PathBuf>,
+    /// As root, write even where other users may write: they can still take the files away
+    #[arg(long, help_heading = "Output")]
+    shared_folder: bool,
     /// Name of the Secret for -o secret
     #[arg(long, value_parser = secret_name, required_if_eq("output", "secret"), help_heading = "Output")]
     name: Option<String>,
@@ -113,7 +116,8 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
         None if args.output == Format::Files => Some(Target::Files(args.dir)),
         None => None,
     };
-    let sink = target.map(|target| Sink { target, key_mode: DEFAULT_KEY_MODE, owner: None });
+    let shared_folder = args.shared_folder;
+    let sink = target.map(|target| Sink { target, key_mode: DEFAULT_KEY_MODE, owner: None, shared_folder });
     sink.as_ref().map_or(Ok(()), Sink::check)?;
     let certificate = args.socket.client().issue(request, progress).await?;
     match sink {

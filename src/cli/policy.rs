@@ -16,6 +16,7 @@ use crate::{
         watch::{LoadError, read_set},
     },
     server,
+    text::{self, printable},
 };
 
 /// Work with policy files
@@ -190,13 +191,15 @@ fn invalid(error: LoadError, output: TableFormat) -> anyhow::Result<ExitCode> {
     let problems = error.0.iter().map(|Problem { file, line, field, message }| {
         json!({ "file": file, "line": line, "field": field, "message": message })
     });
-    super::print(format!("{:#}\n", json!({ "problems": problems.collect::<Vec<_>>() })).as_bytes())?;
+    super::print(text::json(format!("{:#}\n", json!({ "problems": problems.collect::<Vec<_>>() }))).as_bytes())?;
     Ok(Exit::Usage.into())
 }
 
 fn in_words(explanation: &Explanation) -> String {
     let mut text = String::new();
-    let mut line = |args: std::fmt::Arguments<'_>| writeln!(text, "{args}").expect("writing to a string does not fail");
+    let mut line = |args: std::fmt::Arguments<'_>| {
+        writeln!(text, "{}", printable(&args.to_string())).expect("writing to a string does not fail")
+    };
     for verdict in &explanation.verdicts {
         let says = match (verdict.matches, verdict.against.is_empty()) {
             (false, _) => "does not match",
@@ -221,7 +224,7 @@ fn in_json(explanation: &Explanation) -> String {
         .map(|verdict| json!({ "name": verdict.policy, "matches": verdict.matches, "against": verdict.against }));
     let granted = explanation.granted.as_ref().map(|(policy, terms)| json!({ "policy": policy, "terms": terms }));
     let policies = policies.collect::<Vec<_>>();
-    format!("{:#}\n", json!({ "granted": granted, "reason": explanation.reason, "policies": policies }))
+    text::json(format!("{:#}\n", json!({ "granted": granted, "reason": explanation.reason, "policies": policies })))
 }
 
 #[cfg(test)]

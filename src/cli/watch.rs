@@ -46,6 +46,9 @@ const REWRITE: Backoff = Backoff::new(Duration::from_millis(200), Duration::from
 /// In --dir, tls.crt, tls.key and ca.crt are links into ..data, which always leads to one whole set. A renewal the disk
 /// refuses is tried again; the old files stay. An agent that is away is waited for.
 ///
+/// Root writes only where no other user may write, on the whole way to --dir: others read from there. To write into a
+/// folder of a user, run as that user. --shared-folder lifts this.
+///
 /// With -- CMD, CMD is started when the files are there and signalled at each renewal; SIGTERM, SIGINT, SIGHUP, SIGUSR1
 /// and SIGUSR2 are passed on to it, and its exit code (128 + n for signal n) becomes ours. It starts without core dumps
 /// (ulimit -c). When the agent refuses to renew, CMD runs on with the files it has.
@@ -67,6 +70,9 @@ pub struct Args {
     /// Owner of the files, by numbers [default: this user]
     #[arg(long, value_name = "UID:GID", help_heading = "Files")]
     owner: Option<Owner>,
+    /// As root, write even where other users may write: they can still take the files away
+    #[arg(long, help_heading = "Files")]
+    shared_folder: bool,
     /// Write the files, tell, and exit: for an init container
     #[arg(long, conflicts_with = "command", help_heading = "Files")]
     once: bool,
@@ -104,7 +110,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
         (None, None) => return Err(UsageError("one of --dir and --combined is needed".into()).into()),
     };
     let mut watch = Watch {
-        sink: Sink { target, key_mode: args.mode, owner: args.owner },
+        sink: Sink { target, key_mode: args.mode, owner: args.owner, shared_folder: args.shared_folder },
         output: args.output,
         once: args.once,
         newest: None,
@@ -116,6 +122,8 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
         program: args.command,
         child: None,
     };
+    // Before a certificate is asked for that could then not be written.
+    watch.sink.check()?;
     let request = args.request.into_request()?;
     let mut signals = Signals::new()?;
     let mut events = pin!(args.socket.client().subscribe(request).into_stream().fuse());
@@ -252,7 +260,7 @@ impl Watch {
     /// A line about what happened. Keeping the files fresh matters more than a reader of lines that has gone away.
     fn print(&self, line: &Line<'_>) {
         let line = match self.output {
-            LineFormat::Text => line.to_string(),
+            LineFormat::Text => line.text(),
             LineFormat::Json => line.json(),
         };
         // stdout belongs to the program, if there is one.

@@ -7,7 +7,7 @@ use std::fmt;
 use jiff::Timestamp;
 use zeroize::Zeroizing;
 
-use crate::{client::ClientError, proto::v1};
+use crate::{client::ClientError, proto::v1, text::printable};
 
 /// A certificate with all that is needed to use it.
 #[derive(Clone, PartialEq, Eq)]
@@ -51,17 +51,17 @@ impl TryFrom<v1::Certificate> for Certificate {
     fn try_from(answer: v1::Certificate) -> Result<Self, ClientError> {
         let key = Zeroizing::new(pem("private_key", &answer.private_key)?);
         let certificate = Self {
-            certificate_id: super::printable(&answer.certificate_id),
+            certificate_id: printable(&answer.certificate_id),
             sequence: answer.sequence,
             certificate_chain: pem("certificate_chain", &answer.certificate_chain)?,
             private_key: Some(key).filter(|key| !key.is_empty()),
             trust_bundle: pem("trust_bundle", &answer.trust_bundle)?,
-            serial_number: super::printable(&answer.serial_number),
+            serial_number: printable(&answer.serial_number),
             not_before: timestamp("not_before", answer.not_before)?,
             not_after: timestamp("not_after", answer.not_after)?,
             renew_at: timestamp("renew_at", answer.renew_at)?,
-            policy: super::printable(&answer.policy),
-            signer_name: super::printable(&answer.signer_name),
+            policy: printable(&answer.policy),
+            signer_name: printable(&answer.signer_name),
         };
         if certificate.certificate_chain.is_empty() || certificate.trust_bundle.is_empty() {
             return Err(ClientError::bad_answer("has a certificate without its chain or its roots"));

@@ -13,8 +13,11 @@ use serde::{Serialize, Serializer};
 use serde_json::json;
 use zeroize::Zeroizing;
 
-use super::{Certificate, ClientError, Event, printable};
-use crate::proto::v1;
+use super::{Certificate, ClientError, Event};
+use crate::{
+    proto::v1,
+    text::{self, printable},
+};
 
 /// Characters in the name of a Kubernetes Secret (RFC 1123 subdomain).
 pub const MAX_SECRET_NAME_BYTES: usize = 253;
@@ -186,7 +189,7 @@ pub fn who_am_i_json(answer: &v1::WhoAmIResponse) -> String {
         })
     });
     let facts: std::collections::BTreeMap<_, _> = answer.facts.iter().collect();
-    format!("{:#}\n", json!({ "facts": facts, "policies": policies.collect::<Vec<_>>() }))
+    text::json(format!("{:#}\n", json!({ "facts": facts, "policies": policies.collect::<Vec<_>>() })))
 }
 
 /// Live credentials, in the agent's order.
@@ -219,7 +222,7 @@ pub fn credentials_json(credentials: &[v1::CredentialStatus]) -> String {
             "serial_number": credential.serial_number,
         })
     });
-    format!("{:#}\n", json!({ "credentials": credentials.collect::<Vec<_>>() }))
+    text::json(format!("{:#}\n", json!({ "credentials": credentials.collect::<Vec<_>>() })))
 }
 
 fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = Vec<String>>, style: Style) -> String {
@@ -375,9 +378,14 @@ impl<'a> From<&'a ClientError> for Line<'a> {
 }
 
 impl Line<'_> {
+    /// The line for people: one line, whatever the paths and words in it.
+    pub fn text(&self) -> String {
+        printable(&self.to_string())
+    }
+
     /// The line as a JSON object, without a line end.
     pub fn json(&self) -> String {
-        serde_json::to_string(self).expect("strings and numbers into memory")
+        text::json(serde_json::to_string(self).expect("strings and numbers into memory"))
     }
 }
 

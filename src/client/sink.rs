@@ -7,9 +7,14 @@
 //! link already (a removed set would fail their next open(2)); its certificate is mostly still valid anyway.
 //! The other targets replace each file by a rename. In all of them a failure leaves the old files as they were.
 //!
-//! Everything is done relative to an open directory and never through a link, so that nobody who may write to DIR can
-//! lead a key elsewhere. One process writes to one target; two would only undo each other's work. Deliberately not here:
+//! Everything is done relative to an open directory and never through a link, and nothing gets another owner or mode but
+//! what was made here and held open since. A folder has no such beginning: between mkdir(2) and open(2) whoever may write
+//! to DIR can put another in its place. Where others may, new things are therefore made in a folder within DIR in which
+//! only this user can write, and moved out of it when they are done; what stood there before is entered only with the mark
+//! that such things get. Root does not write where others may at all, unless told to: see `trail`. One process writes to one target; two would only undo each other's work. Deliberately not here:
 //! erasing old keys from the medium, which no file system promises.
+
+mod trail;
 
 use std::{
     fmt,
@@ -20,8 +25,12 @@ use std::{
     str::FromStr,
 };
 
-use rustix::fs::{self, AtFlags, Dir, FileType, Gid, Mode, OFlags, Uid};
+use rustix::{
+    fs::{self, AtFlags, Dir, FileType, Gid, Mode, OFlags, Uid},
+    process::geteuid,
+};
 
+use self::trail::Standing;
 use crate::client::Certificate;
 
 /// Mode of a file with a private key, unless told otherwise.
@@ -42,6 +51,10 @@ const DATA_LINK: &str = "..data";
 const NEW_LINK: &str = "..data_tmp";
 /// What our own folders and unfinished files are called, so that leftovers are known as ours.
 const OURS: &str = ".csrd_";
+/// What is made in a folder of its own is called this until it is done.
+const STAGED: &str = "staged";
+/// In folders that are made where others may write: nobody else can have put it into a folder of this user.
+const MADE_MARK: &str = ".csrd";
 
 /// Where certificates are written and to whom the files belong.
 #[derive(Clone, Debug)]
@@ -52,6 +65,8 @@ pub struct Sink {
     pub key_mode: KeyMode,
     /// Owner of every file; `None` leaves them to this process's user.
     pub owner: Option<Owner>,
+    /// Whether root accepts a folder that others may change.
+    pub shared_folder: bool,
 }
 
 /// Which files.
@@ -91,9 +106,34 @@ pub enum SinkError {
     /// Plain files asked for where links are kept.
     #[error("{} is kept fresh by `csrd watch`: choose another folder", .0.display())]
     Watched(PathBuf),
+    /// Root was told of a folder that it does not rule alone.
+    #[error(
+        "{} is not root's alone (owner {owner}, mode {mode:04o}), and whoever may write there could lead what root writes elsewhere: \
+         run csrd as user {owner}, or name a folder that only root may write to, from which any user may read, \
+         or accept it with --shared-folder",
+        folder.display()
+    )]
+    Shared {
+        /// The first folder on the way that others may change.
+        folder: PathBuf,
+        /// Its user.
+        owner: u32,
+        /// Its permissions.
+        mode: u32,
+    },
+    /// A link, or a folder of this user, that others may have put where it is.
+    #[error("{} is a link or a folder of this user that others may have put there: remove it, and name a folder instead", .0.display())]
+    Planted(PathBuf),
     /// A combined file of a certificate whose key the caller holds.
     #[error("a combined file needs the private key, which the agent does not have")]
     NoKey,
+}
+
+impl SinkError {
+    /// Whether another command line mends it.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::Shared { .. } | Self::Planted(_))
+    }
 }
 
 /// Permissions of a file with a private key: for owner and group only, and never executable.
@@ -146,13 +186,27 @@ impl Sink {
     /// Whether the target is one that this sink writes to at all, before a certificate is asked for.
     ///
     /// # Errors
-    /// The folder is kept by somebody else.
+    /// The folder is kept by somebody else, or root would not be alone in it.
     pub fn check(&self) -> Result<(), SinkError> {
-        let Target::Files(path) = &self.target else { return Ok(()) };
-        match Folder::open(path) {
-            Ok(folder) if folder.link(DATA_LINK).is_some() => Err(SinkError::Watched(path.clone())),
+        let (folder, files) = match &self.target {
+            Target::Folder(path) => (path.as_path(), false),
+            Target::Files(path) => (path.as_path(), true),
+            Target::Combined(path) => (parent(path), false),
+        };
+        match self.open(folder, false) {
+            Ok(open) if files && open.link(DATA_LINK).is_some() => Err(SinkError::Watched(folder.to_owned())),
+            Err(error) if error.is_usage() => Err(error),
             // A folder that is not there yet is made when there is something to put there.
             Ok(_) | Err(_) => Ok(()),
+        }
+    }
+
+    /// Opens the folder at `path`; with `make`, makes what is missing.
+    fn open(&self, path: &Path, make: bool) -> Result<Folder, SinkError> {
+        match geteuid().is_root() {
+            true => Folder::of(trail::walk(path, make, self.shared_folder)?, path),
+            false if make => Folder::create(path),
+            false => Folder::open(path),
         }
     }
 
@@ -163,16 +217,15 @@ impl Sink {
     pub fn write(&self, certificate: &Certificate) -> Result<(), SinkError> {
         match &self.target {
             Target::Folder(path) => {
-                let folder = Folder::create(path)?;
+                let folder = self.open(path, true)?;
                 self.write_set(&folder, &self.set(certificate))
             }
             Target::Files(path) => {
                 self.check()?;
-                let folder = Folder::create(path)?;
+                let folder = self.open(path, true)?;
                 self.set(certificate).iter().try_for_each(|content| self.replace(&folder, content))
             }
             Target::Combined(path) => {
-                let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
                 let name = path
                     .file_name()
                     .and_then(|name| name.to_str())
@@ -180,7 +233,7 @@ impl Sink {
                 let key = certificate.private_key.as_ref().ok_or(SinkError::NoKey)?;
                 let parts = [key.as_bytes(), certificate.certificate_chain.as_bytes()];
                 let content = Content { name, parts, mode: self.key_mode.0 };
-                self.replace(&Folder::open(parent.unwrap_or(Path::new(".")))?, &content)
+                self.replace(&self.open(parent(path), false)?, &content)
             }
         }
     }
@@ -222,28 +275,41 @@ impl Sink {
     }
 
     fn stage(&self, folder: &Folder, version: &str, set: &[Content<'_>]) -> Result<(), SinkError> {
-        let made = fs::mkdirat(&folder.fd, version, Mode::RWXU);
-        made.map_err(|errno| folder.refused("make", version, errno))?;
-        let inner = folder.enter(version)?;
+        let workshop = folder.workshop(&format!(".{OURS}"))?;
+        let (place, name) = workshop.as_ref().map_or((folder, version), |workshop| (&workshop.folder, STAGED));
+        let made = fs::mkdirat(&place.fd, name, Mode::RWXU);
+        made.map_err(|errno| place.refused("make", name, errno))?;
+        // Nobody else may write in `place`: this is the folder that was just made.
+        let inner = place.enter(name)?;
+        if folder.shared {
+            inner.mark()?;
+        }
         set.iter().try_for_each(|content| self.create(&inner, content.name, content))?;
-        self.hand_over(&inner.fd, SET_MODE)
-            .map_err(|errno| folder.refused("set the owner and mode of", version, errno))?;
-        inner.sync()
+        self.hand_over(&inner.fd, SET_MODE).map_err(|errno| place.refused("set the owner and mode of", name, errno))?;
+        inner.sync()?;
+        match workshop.is_some() {
+            true => folder.take_from(place, name, version),
+            false => Ok(()),
+        }
     }
 
     /// Puts a whole new file in the place of an old one.
     fn replace(&self, folder: &Folder, content: &Content<'_>) -> Result<(), SinkError> {
         folder.must_not_be_folder(content.name)?;
         let leftover = format!(".{}{OURS}", content.name);
-        folder.for_each_leftover(&leftover, |name| drop(folder.remove(name)));
-        let unfinished = format!("{leftover}{:016x}", rand::random::<u64>());
-        let replaced = self.create(folder, &unfinished, content).and_then(|()| {
-            let renamed = fs::renameat(&folder.fd, &unfinished, &folder.fd, content.name);
-            renamed.map_err(|errno| folder.refused("replace", content.name, errno))
+        folder.for_each_leftover(&leftover, |name| {
+            if folder.remove(name).is_err() {
+                folder.remove_set(name);
+            }
         });
-        if let Err(error) = replaced {
+        let workshop = folder.workshop(&leftover)?;
+        let unfinished = format!("{leftover}{:016x}", rand::random::<u64>());
+        let place = workshop.as_ref().map_or(folder, |workshop| &workshop.folder);
+        let unfinished = if workshop.is_some() { STAGED } else { &unfinished };
+        let replaced = self.create(place, unfinished, content);
+        if let Err(error) = replaced.and_then(|()| folder.take_from(place, unfinished, content.name)) {
             // The first error says more than a second one would.
-            let _ = folder.remove(&unfinished);
+            let _ = place.remove(unfinished);
             return Err(error);
         }
         folder.sync()
@@ -269,10 +335,31 @@ impl Sink {
     }
 }
 
+/// The folder of a file.
+fn parent(file: &Path) -> &Path {
+    file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 /// An open directory; every name below is one component within it.
 struct Folder {
     fd: OwnedFd,
     path: PathBuf,
+    /// Whether others may replace what it holds.
+    shared: bool,
+}
+
+/// A folder within a shared one in which only this user can write; removed in the end.
+struct Workshop<'a> {
+    shared: &'a Folder,
+    name: String,
+    folder: Folder,
+}
+
+impl Drop for Workshop<'_> {
+    fn drop(&mut self) {
+        self.folder.empty();
+        let _ = fs::unlinkat(&self.shared.fd, &self.name, AtFlags::REMOVEDIR);
+    }
 }
 
 impl Folder {
@@ -285,13 +372,52 @@ impl Folder {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd =
             fs::open(path, flags, Mode::empty()).map_err(|errno| Self::error("open the folder", path, errno.into()))?;
-        Ok(Self { fd, path: path.to_owned() })
+        Self::of(fd, path)
+    }
+
+    fn of(fd: OwnedFd, path: &Path) -> Result<Self, SinkError> {
+        let stat = fs::fstat(&fd).map_err(|errno| Self::error("look at", path, errno.into()))?;
+        Ok(Self { fd, path: path.to_owned(), shared: Standing::of(&stat) == Standing::Shared })
+    }
+
+    /// A folder within this one in which only this user can write; `None` where that is so here.
+    fn workshop(&self, prefix: &str) -> Result<Option<Workshop<'_>>, SinkError> {
+        if !self.shared {
+            return Ok(None);
+        }
+        let name = format!("{prefix}{:016x}", rand::random::<u64>());
+        fs::mkdirat(&self.fd, &name, Mode::RWXU).map_err(|errno| self.refused("make", &name, errno))?;
+        let folder = self.enter(&name)?;
+        // Whether it is the one that was made matters less than that nobody else can write in it, and that it was empty.
+        let stat = fs::fstat(&folder.fd).map_err(|errno| self.refused("look at", &name, errno))?;
+        let ours = stat.st_uid == geteuid().as_raw() && stat.st_mode & 0o077 == 0;
+        if !ours || !folder.is_empty() {
+            return Err(SinkError::Planted(folder.path));
+        }
+        folder.mark()?;
+        Ok(Some(Workshop { shared: self, name, folder }))
+    }
+
+    fn mark(&self) -> Result<(), SinkError> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let made = fs::openat(&self.fd, MADE_MARK, flags, Mode::RUSR);
+        made.map(drop).map_err(|errno| self.refused("create", MADE_MARK, errno))
+    }
+
+    fn is_empty(&self) -> bool {
+        let names = Dir::read_from(&self.fd).into_iter().flatten();
+        names.flatten().all(|entry| matches!(entry.file_name().to_bytes(), b"." | b".."))
+    }
+
+    /// Moves `name` of `place` here, under the name `to`.
+    fn take_from(&self, place: &Self, name: &str, to: &str) -> Result<(), SinkError> {
+        fs::renameat(&place.fd, name, &self.fd, to).map_err(|errno| self.refused("replace", to, errno))
     }
 
     fn enter(&self, name: &str) -> Result<Self, SinkError> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = fs::openat(&self.fd, name, flags, Mode::empty()).map_err(|errno| self.refused("open", name, errno))?;
-        Ok(Self { fd, path: self.path.join(name) })
+        Self::of(fd, &self.path.join(name))
     }
 
     /// Where the link `name` leads; `None` when it is no link.
@@ -314,11 +440,29 @@ impl Folder {
         }
     }
 
-    /// Removes a folder that holds a set. What cannot be removed now is tried again at the next write.
+    /// Removes a folder that holds a set, or one that a set was made in. What cannot be removed now is tried again at the
+    /// next write. Where others may have moved it here, it must have been made here.
     fn remove_set(&self, name: &str) {
         let Ok(set) = self.enter(name) else { return };
-        FILES.into_iter().for_each(|file| drop(set.remove(file)));
+        if self.shared && !set.is_marked() {
+            return;
+        }
+        set.empty();
         let _ = fs::unlinkat(&self.fd, name, AtFlags::REMOVEDIR);
+    }
+
+    fn is_marked(&self) -> bool {
+        let stat = fs::statat(&self.fd, MADE_MARK, AtFlags::SYMLINK_NOFOLLOW);
+        stat.is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)
+    }
+
+    /// Removes what a set consists of, the mark last.
+    fn empty(&self) {
+        if let Ok(staged) = self.enter(STAGED) {
+            FILES.into_iter().chain([MADE_MARK]).for_each(|file| drop(staged.remove(file)));
+            let _ = fs::unlinkat(&self.fd, STAGED, AtFlags::REMOVEDIR);
+        }
+        FILES.into_iter().chain([STAGED, MADE_MARK]).for_each(|file| drop(self.remove(file)));
     }
 
     fn for_each_leftover(&self, prefix: &str, mut each: impl FnMut(&str)) {
@@ -353,7 +497,7 @@ impl Folder {
 mod tests {
     use std::{
         fs,
-        os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink},
+        os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown, symlink},
         sync::atomic::{AtomicBool, Ordering},
         thread,
     };
@@ -364,7 +508,7 @@ mod tests {
     use crate::client::certificate::tagged;
 
     fn sink(target: Target) -> Sink {
-        Sink { target, key_mode: DEFAULT_KEY_MODE, owner: None }
+        Sink { target, key_mode: DEFAULT_KEY_MODE, owner: None, shared_folder: false }
     }
 
     /// A folder in memory where there is one: thousands of synced writes.
@@ -600,7 +744,7 @@ mod tests {
     }
 
     #[test]
-    fn a_planted_link_leads_no_key_elsewhere() {
+    fn a_link_at_a_name_of_ours_is_replaced_and_not_followed() {
         let dir = tempfile::tempdir().unwrap();
         let (folder, elsewhere) = (dir.path().join("f"), dir.path().join("elsewhere"));
         fs::create_dir(&folder).unwrap();
@@ -613,6 +757,196 @@ mod tests {
         holds_set(&folder, "1");
         assert_eq!(read(folder.join("both.pem")), "key 1\nchain 1\n");
         assert_eq!(read(elsewhere), "precious");
+    }
+
+    const ATTACKER: u32 = 3003;
+
+    /// A folder of the attacker's, with folders of root's in it that the attacker may move, each with what it holds.
+    fn treacherous() -> (TempDir, PathBuf) {
+        let dir = fast_folder();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let folder = dir.path().join("tls");
+        fs::create_dir(&folder).unwrap();
+        chown(&folder, Some(ATTACKER), Some(ATTACKER)).unwrap();
+        for (name, file) in [("empty", None), ("full", Some("other")), ("set", Some("tls.key"))] {
+            fs::create_dir(folder.join(name)).unwrap();
+            fs::set_permissions(folder.join(name), fs::Permissions::from_mode(0o700)).unwrap();
+            file.map_or(Ok(()), |file| fs::write(folder.join(name).join(file), "precious")).unwrap();
+        }
+        (dir, folder)
+    }
+
+    /// Puts one of root's folders in the place of every folder that comes up, with the rights of the attacker alone;
+    /// says how often that went well.
+    fn swap_until(done: &AtomicBool, folder: &Path) -> u64 {
+        use rustix::{fs::RenameFlags, thread::set_thread_res_uid};
+        // Of this thread only (setresuid(2)).
+        let user = Uid::from_raw(ATTACKER);
+        set_thread_res_uid(user, user, user).unwrap();
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        let open = rustix::fs::open(folder, flags, Mode::empty()).unwrap();
+        let mut victims = ["empty", "full", "set"].map(str::to_owned);
+        let mut swaps = 0;
+        while !done.load(Ordering::Relaxed) {
+            let entries = Dir::read_from(&open).unwrap().flatten();
+            for entry in entries {
+                let name = entry.file_name().to_str().unwrap().to_owned();
+                let victim = &mut victims[usize::try_from(swaps % 3).unwrap()];
+                if name.contains(OURS) && !name.contains(victim.as_str()) {
+                    let swapped =
+                        rustix::fs::renameat_with(&open, victim.as_str(), &open, &name, RenameFlags::EXCHANGE);
+                    if swapped.is_ok() {
+                        *victim = name;
+                        swaps += 1;
+                    }
+                }
+            }
+        }
+        swaps
+    }
+
+    #[test]
+    fn a_planted_link_leads_no_key_elsewhere() {
+        const WRITES: u32 = 1000;
+        if !geteuid().is_root() {
+            return;
+        }
+        for target in
+            [Target::Folder as fn(PathBuf) -> Target, Target::Files, |folder| Target::Combined(folder.join("both"))]
+        {
+            let (_dir, folder) = treacherous();
+            let victims = ["empty", "full", "set"].map(|name| (fs::metadata(folder.join(name)).unwrap().ino(), name));
+            let owner = Some("3003:3003".parse().unwrap());
+            let sink = Sink { owner, shared_folder: true, ..sink(target(folder.clone())) };
+            let done = AtomicBool::new(false);
+            let (swaps, written) = thread::scope(|scope| {
+                let attacker = scope.spawn(|| swap_until(&done, &folder));
+                // It may fail, and the next one may not.
+                let written = (0..WRITES).filter(|tag| sink.write(&tagged(&tag.to_string())).is_ok()).count();
+                done.store(true, Ordering::Relaxed);
+                (attacker.join().unwrap(), written)
+            });
+            let mut seen = 0;
+            for entry in fs::read_dir(&folder).unwrap() {
+                let (path, file) = entry.map(|it| (it.path(), it.metadata().unwrap())).unwrap();
+                let Some((_, victim)) = victims.iter().find(|(ino, _)| *ino == file.ino()) else { continue };
+                assert_eq!((file.uid(), file.mode() & 0o7777), (0, 0o700), "{victim}");
+                let held: Vec<_> = match *victim {
+                    "empty" => vec![],
+                    "full" => vec!["other"],
+                    _ => vec!["tls.key"],
+                };
+                assert_eq!(names(&path), held, "{victim}");
+                held.iter().for_each(|file| assert_eq!(read(path.join(file)), "precious"));
+                seen += 1;
+            }
+            // An empty folder may be removed by whoever may write where it lies.
+            assert!(seen >= 2 && swaps > 0, "{seen} seen, {swaps} swaps, {written} written");
+        }
+    }
+
+    #[test]
+    fn root_writes_only_where_root_alone_may_unless_told() {
+        if !geteuid().is_root() {
+            return;
+        }
+        fn check(prepare: impl FnOnce(&Path), refused: Option<&str>, when_told: Option<&str>) {
+            let dir = tempfile::tempdir().unwrap();
+            fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+            fs::create_dir_all(dir.path().join("a/tls")).unwrap();
+            prepare(dir.path());
+            for (shared_folder, refused) in [(false, refused), (true, when_told)] {
+                let sink = Sink { shared_folder, ..sink(Target::Folder(dir.path().join("a/tls"))) };
+                let said = sink.check().and_then(|()| sink.write(&tagged("1"))).map_err(|error| {
+                    assert!(error.is_usage());
+                    error.to_string()
+                });
+                match (said, refused) {
+                    (Ok(()), None) => {}
+                    (Err(said), Some(words)) if said.contains(words) => {}
+                    (said, wanted) => panic!("{shared_folder}: {said:?}, not {wanted:?}"),
+                }
+            }
+        }
+        let mode = |path: PathBuf, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        let give = |path: PathBuf| chown(path, Some(ATTACKER), None).unwrap();
+        check(|_| (), None, None);
+        check(|dir| give(dir.join("a/tls")), Some("a/tls is not root's alone (owner 3003, mode 0755)"), None);
+        check(|dir| mode(dir.join("a/tls"), 0o775), Some("a/tls is not root's alone (owner 0, mode 0775)"), None);
+        check(|dir| mode(dir.join("a/tls"), 0o777), Some("mode 0777"), None);
+        // As /tmp: others may add names there, but change none of root's.
+        check(|dir| mode(dir.join("a"), 0o1777), None, None);
+        // Whoever may write above may put any folder of root's there.
+        check(
+            |dir| give(dir.join("a")),
+            Some("a is not root's alone"),
+            Some("a/tls is a link or a folder of this user"),
+        );
+        check(
+            |dir| {
+                give(dir.join("a"));
+                give(dir.join("a/tls"));
+            },
+            Some("a is not root's alone"),
+            None,
+        );
+        let link = |dir: &Path, to: &str| {
+            fs::rename(dir.join("a/tls"), dir.join("real")).unwrap();
+            symlink(to, dir.join("a/tls")).unwrap();
+        };
+        // A link of root's is followed, one that somebody else can have placed is not.
+        check(|dir| link(dir, "../real"), None, None);
+        check(|dir| link(dir, dir.join("a/../real").to_str().unwrap()), None, None);
+        check(
+            |dir| {
+                link(dir, "../real");
+                give(dir.join("a"));
+            },
+            Some("a is not root's alone"),
+            Some("a/tls is a link or a folder of this user"),
+        );
+        check(
+            |dir| {
+                link(dir, "../real");
+                mode(dir.join("a"), 0o1777);
+                std::os::unix::fs::lchown(dir.join("a/tls"), Some(ATTACKER), None).unwrap();
+            },
+            Some("a/tls is a link or a folder of this user"),
+            Some("a/tls is a link or a folder of this user"),
+        );
+        check(
+            |dir| {
+                link(dir, "../real");
+                give(dir.join("real"));
+            },
+            Some("real is not root's alone"),
+            None,
+        );
+    }
+
+    #[test]
+    fn what_an_earlier_run_left_in_a_shared_folder_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let sink = Sink { shared_folder: true, ..sink(Target::Folder(dir.path().to_owned())) };
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        for tag in ["1", "2", "3"] {
+            sink.write(&tagged(tag)).unwrap();
+            holds_set(dir.path(), tag);
+        }
+        // Killed before it was moved out of where it was made.
+        let leftover = dir.path().join("..csrd_1/staged");
+        fs::create_dir_all(&leftover).unwrap();
+        fs::write(leftover.join("../.csrd"), "").unwrap();
+        fs::write(leftover.join("tls.key"), "half").unwrap();
+        sink.write(&tagged("4")).unwrap();
+        holds_set(dir.path(), "4");
+        let sets = names(dir.path()).into_iter().filter(|name| name.starts_with("..csrd_")).count();
+        assert_eq!(sets, 2, "this one and the one before");
+        assert_eq!([mode(dir.path().join("..data")), mode(dir.path().join("tls.key"))], [0o755, 0o600]);
+        let file = dir.path().join("both.pem");
+        Sink { target: Target::Combined(file.clone()), ..sink }.write(&tagged("5")).unwrap();
+        assert_eq!(read(file), "key 5\nchain 5\n");
+        assert_eq!(names(dir.path()).len(), 2 + 5, "nothing unfinished stays");
     }
 
     #[test]

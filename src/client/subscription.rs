@@ -11,8 +11,8 @@ use jiff::Timestamp;
 use tokio::time::sleep;
 use tonic::Streaming;
 
-use super::{Client, ClientError, Code, certificate, printable};
-use crate::{backoff::Backoff, client::Certificate, proto::v1};
+use super::{Client, ClientError, Code, certificate};
+use crate::{backoff::Backoff, client::Certificate, proto::v1, text::printable};
 
 /// Waits between connections: 0.1 s at least, 10 s at most.
 const RECONNECT: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));

@@ -44,6 +44,7 @@ use crate::{
     policy::PolicySet,
     signer::{Key, Sign, SignError, SigningRequest},
     telemetry,
+    text::printable_within,
     x509::{Bundle, Expected, VerifyError},
 };
 
@@ -273,7 +274,7 @@ impl Answers {
 
     async fn refuse(&self, request: &Request, refused: Refused) -> Result<(), AnswerError> {
         let Refused { refusal, about } = refused;
-        let (reason, message) = (refusal.reason(), clipped(refusal.to_string()));
+        let (reason, message) = (refusal.reason(), said(&refusal.to_string()));
         match request.approved {
             true => self.fail(request, reason, &message).await?,
             false => {
@@ -298,7 +299,7 @@ impl Answers {
         reason: &str,
         message: &str,
     ) -> Result<CertificateSigningRequest, AnswerError> {
-        let condition = json!({"type": condition, "status": "True", "reason": reason, "message": message});
+        let condition = json!({"type": condition, "status": "True", "reason": reason, "message": said(message)});
         let patch = json!({
             "metadata": {"resourceVersion": request.version},
             "status": {"conditions": [condition]},
@@ -319,7 +320,7 @@ impl Answers {
                 type_: "Failed".to_owned(),
                 status: "True".to_owned(),
                 reason: Some(reason.to_owned()),
-                message: Some(message.to_owned()),
+                message: Some(said(message)),
                 ..CertificateSigningRequestCondition::default()
             },
         );
@@ -361,10 +362,9 @@ fn asked_to_wait(error: &AnswerError) -> Duration {
     Duration::from_secs(seconds.into())
 }
 
-/// Cut to [`MAX_MESSAGE_BYTES`].
-pub(super) fn clipped(mut message: String) -> String {
-    message.truncate(message.floor_char_boundary(MAX_MESSAGE_BYTES));
-    message
+/// What a condition or an Event says: names of others in it steer no terminal of whoever reads it.
+pub(super) fn said(message: &str) -> String {
+    printable_within(message, MAX_MESSAGE_BYTES)
 }
 
 impl AnswerError {
@@ -556,10 +556,11 @@ mod tests {
     }
 
     #[test]
-    fn a_message_is_cut_between_characters() {
+    fn a_message_is_one_line_cut_between_characters() {
         let fits = "x".repeat(MAX_MESSAGE_BYTES);
-        assert_eq!(clipped(fits.clone()), fits);
-        assert_eq!(clipped(format!("{fits}x")), fits);
-        assert_eq!(clipped(format!("{}\u{fc}", &fits[1..])), fits[1..]);
+        assert_eq!(said(&fits), fits);
+        assert_eq!(said(&format!("{fits}x")), format!("{}…", &fits[3..]));
+        assert_eq!(said(&format!("{}\u{fc}", &fits[1..])), format!("{}…", &fits[3..]));
+        assert_eq!(said("a\n\u{1b}[31m\u{202e}b"), r"a\n\u{1b}[31m\u{202e}b");
     }
 }

@@ -13,6 +13,7 @@ use kube::{
 };
 use tokio::time::timeout;
 
+use super::answer::said;
 use crate::{
     attest::PodFacts,
     kubernetes::{self, ANSWER_WITHIN},
@@ -54,7 +55,7 @@ impl Denials {
         let event = Event {
             type_: EventType::Warning,
             reason: "CertificateDenied".to_owned(),
-            note: Some(message.to_owned()),
+            note: Some(said(message)),
             // Events that differ in it are not counted as one.
             action: reason.to_owned(),
             secondary: None,

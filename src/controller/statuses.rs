@@ -19,7 +19,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{answer::clipped, denials};
+use super::{answer::said, denials};
 use crate::{
     clock::Clock,
     kubernetes::{self, ANSWER_WITHIN},
@@ -134,7 +134,7 @@ impl Statuses {
                     Some(generation) => format!("generation {generation} stays in force"),
                     None => "it grants nothing".to_owned(),
                 };
-                ("False", "Invalid", clipped(format!("{rest}; {}", problems.join("; "))))
+                ("False", "Invalid", said(&format!("{rest}; {}", problems.join("; "))))
             }
         };
         let since = before.filter(|before| before.status == status).map(|before| before.last_transition_time.clone());

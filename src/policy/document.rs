@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_saphyr::{Options, Spanned, options::MergeKeyPolicy};
 
 use super::clipped;
+use crate::text::Printable;
 
 /// Bytes in one policy file: 1 MiB.
 pub const MAX_SOURCE_BYTES: usize = 1 << 20;
@@ -54,14 +55,14 @@ pub struct Problem {
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.file)?;
+        write!(f, "{}", Printable(&self.file))?;
         if self.line > 0 {
             write!(f, ":{}", self.line)?;
         }
         if !self.field.is_empty() {
-            write!(f, ": {}", self.field)?;
+            write!(f, ": {}", Printable(&self.field))?;
         }
-        write!(f, ": {}", self.message)
+        write!(f, ": {}", Printable(&self.message))
     }
 }
 

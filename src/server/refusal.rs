@@ -54,6 +54,7 @@ use crate::{
     proto::ERROR_DOMAIN,
     signer::{SignError, kubernetes::KubernetesError},
     telemetry::with_causes,
+    text::printable,
 };
 
 /// Of a signer that is not there, whoever names it. Clients may come back: a policy or the agent's configuration mends it.
@@ -65,12 +66,14 @@ pub(super) struct Refusal {
     pub(super) code: Code,
     /// From a closed set.
     pub(super) reason: &'static str,
+    /// One line that no terminal takes for more than its words.
     pub(super) message: String,
 }
 
 impl Refusal {
     pub(super) fn new(code: Code, reason: &'static str, message: impl Into<String>) -> Self {
-        Self { code, reason, message: message.into() }
+        // Names, paths and other servers' words are in there, and the caller's tools print them.
+        Self { code, reason, message: printable(&message.into()) }
     }
 
     /// The agent is going away; the caller should come back.
@@ -258,6 +261,12 @@ mod tests {
             let refusal = Refusal::from(&HubError::Issue(Arc::new(IssueError::Sign(error.into()))));
             assert_eq!((refusal.code, refusal.reason), (code, reason));
         }
+    }
+
+    #[test]
+    fn what_a_caller_is_told_steers_no_terminal() {
+        let refusal = Refusal::new(Code::PermissionDenied, "POLICY_DENIED", "uid 7 /tmp/a\n\u{1b}[2J\u{202e}");
+        assert_eq!(Status::from(refusal).message(), r"uid 7 /tmp/a\n\u{1b}[2J\u{202e}");
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod commands;
 mod controller;
 mod disk;
 mod fake_agent;
+mod forged_lines;
 mod health;
 mod help;
 mod host;

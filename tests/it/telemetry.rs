@@ -11,7 +11,10 @@ use std::{
     time::Duration,
 };
 
-use csrd::telemetry::{self, Log, LogFormat, Telemetry, Variables};
+use csrd::{
+    telemetry::{self, Log, LogFormat, MAX_FIELD_BYTES, MAX_LINE_BYTES, Telemetry, Variables},
+    text::is_shown,
+};
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
@@ -25,6 +28,7 @@ use opentelemetry_proto::tonic::{
     trace::v1::{Span, span::SpanKind, status::StatusCode as SpanStatus},
 };
 use prost::Message as _;
+use serde_json::json;
 use tokio::{
     net::{TcpListener, TcpSocket},
     sync::mpsc,
@@ -474,6 +478,103 @@ async fn log_lines_name_their_trace_and_only_within_one() {
             }
         }
         shut_down(telemetry).await;
+    }
+}
+
+/// What a caller can put into a path: the end of a line and the begin of another, a field, and what steers a terminal.
+const EVIL: &str = "/tmp/a b reason=NONE \" x=\"\r\n2026-11-29T00:00:00Z  INFO csrd: certificate issued\x1b[2J\u{9b}1m\u{202e}\u{2028}\u{200b}\u{7f}";
+
+#[derive(Debug, thiserror::Error)]
+#[error("{EVIL}")]
+struct Evil;
+
+/// Lines of events with [`EVIL`] in every kind of field, within a span that has it too.
+fn evil_lines(format: LogFormat, ansi: bool) -> String {
+    let lines = Lines::default();
+    let log = Log { format, filter: "debug".to_owned(), ansi };
+    let (dispatch, _) = Telemetry::new(&log, &[].into_iter().collect(), lines.clone()).unwrap();
+    with_default(&dispatch, || {
+        debug_span!("span", evil = EVIL, number = 7).in_scope(|| {
+            tracing::info!(text = EVIL, shown = %EVIL, debug = ?EVIL, failed = &Evil as &dyn std::error::Error, last = 1, "{EVIL}");
+            tracing::info!(number = 1, yes = true, word = %"one", words = %"two words", "plain words");
+        });
+    });
+    lines.text()
+}
+
+#[test]
+fn no_value_begins_a_line_ends_a_field_or_steers_a_terminal() {
+    let text = evil_lines(LogFormat::Text, false);
+    assert_eq!(text.lines().count(), 2, "{text}");
+    assert!(!text.contains(|c: char| c != '\n' && !is_shown(c)), "{text:?}");
+    let escaped = r#"/tmp/a b reason=NONE \" x=\"\r\n2026-11-29T00:00:00Z  INFO csrd: certificate issued\u{1b}[2J\u{9b}1m\u{202e}\u{2028}\u{200b}\u{7f}"#;
+    let [evil, plain] = text.lines().collect::<Vec<_>>().try_into().unwrap();
+    let fields =
+        format!(r#""{escaped}" text="{escaped}" shown="{escaped}" debug="{escaped}" failed="{escaped}" last=1"#);
+    assert!(evil.ends_with(&format!(r#" INFO span{{evil="{escaped}" number=7}}: it::telemetry: {fields}"#)), "{evil}");
+    assert!(plain.ends_with(r#": it::telemetry: plain words number=1 yes=true word=one words="two words""#), "{plain}");
+
+    let json = evil_lines(LogFormat::Json, false);
+    assert!(!json.contains(|c: char| c != '\n' && !is_shown(c)), "{json:?}");
+    let objects = json.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let [evil, plain] = objects.collect::<Vec<_>>().try_into().unwrap();
+    for name in ["message", "text", "shown", "failed"] {
+        assert_eq!(evil[name], EVIL, "{name}");
+    }
+    assert_eq!([&evil["last"], &plain["number"], &plain["yes"]], [&json!(1), &json!(1), &json!(true)]);
+    assert_eq!([&plain["level"], &plain["target"], &plain["words"]], ["INFO", "it::telemetry", "two words"]);
+    assert!(plain["timestamp"].as_str().unwrap().ends_with('Z'), "{plain}");
+
+    // On a terminal, the only codes are those of colours that are ours.
+    let coloured = evil_lines(LogFormat::Text, true);
+    assert!(coloured.contains("\x1b[3mtext\x1b[0m\x1b[2m=\x1b[0m\"/tmp"), "{coloured:?}");
+    let codes = coloured.split('\x1b').skip(1).map(|rest| rest.split_inclusive('m').next().unwrap());
+    let ours = |code: &str| code.len() <= 4 && code.starts_with('[') && code.ends_with('m');
+    assert!(codes.clone().all(ours), "{:?}", codes.collect::<Vec<_>>());
+}
+
+#[test]
+fn a_long_value_is_cut_and_hides_no_other() {
+    for format in [LogFormat::Text, LogFormat::Json] {
+        let (dispatch, _, lines) = telemetry(format, &[]);
+        with_default(&dispatch, || {
+            for bytes in [MAX_FIELD_BYTES - 2, MAX_FIELD_BYTES - 1] {
+                let long = "x".repeat(bytes);
+                tracing::info!(a = long, b = %long, c = %long, d = ?long, e = long, reason = "R", "{long}{long}");
+            }
+            let long = "x".repeat(MAX_FIELD_BYTES);
+            tracing::info!(
+                a = long,
+                b = long,
+                c = long,
+                d = long,
+                e = long,
+                f = long,
+                g = long,
+                h = long,
+                i = long,
+                "m"
+            );
+        });
+        let text = lines.text();
+        let [fits, cut, full] = text.lines().collect::<Vec<_>>().try_into().unwrap();
+        let long = |bytes| format!("\"{}\"", "x".repeat(bytes));
+        assert!(fits.contains(&long(MAX_FIELD_BYTES - 2)) && !cut.contains(&long(MAX_FIELD_BYTES - 1)));
+        assert_eq!(
+            [fits, cut].map(|line| line.matches('…').count()),
+            if format == LogFormat::Text { [1, 4] } else { [2, 6] }
+        );
+        assert!([fits, cut].iter().all(|line| line.contains(r#"reason="R""#) || line.contains(r#""reason":"R""#)));
+        assert!(
+            full.len() < MAX_LINE_BYTES + 256 && full.len() > MAX_LINE_BYTES - MAX_FIELD_BYTES - 64,
+            "{}",
+            full.len()
+        );
+        assert!(!full.contains(r"i="), "{full}");
+        match format {
+            LogFormat::Text => assert!(full.ends_with(" …"), "{full}"),
+            LogFormat::Json => assert_eq!(serde_json::from_str::<serde_json::Value>(full).unwrap()["…"], true),
+        }
     }
 }
 

@@ -16,6 +16,7 @@ use proc_macro2::{Delimiter, Group, Ident, Spacing, TokenStream, TokenTree};
 /// Who may import whom. A path belongs to the row with the longest prefix of it; a row may always name itself.
 const TABLE: &[(&str, &[&str])] = &[
     ("proto", &[]),
+    ("text", &[]),
     ("clock", &[]),
     ("tasks", &[]),
     ("backoff", &[]),
@@ -23,18 +24,21 @@ const TABLE: &[(&str, &[&str])] = &[
     ("spiffe", &[]),
     ("files", &[]),
     ("socket", &[]),
-    ("telemetry", &[]),
+    ("telemetry", &["text"]),
     ("kubernetes", &["telemetry", "backoff"]),
     ("rate", &[]),
     ("x509", &["spiffe"]),
     ("account", &["metrics"]),
-    ("attest::workload", &["account"]),
-    ("policy", &["x509", "attest::workload"]),
+    ("attest::workload", &["account", "text"]),
+    ("policy", &["x509", "attest::workload", "text"]),
     ("attest", &["account", "attest::workload", "attest::pods", "kubernetes", "clock"]),
     ("attest::pods", &["attest", "attest::workload", "kubernetes", "clock"]),
     ("policy::watch", &["policy", "files", "metrics", "kubernetes"]),
     ("trust", &["x509", "files", "kubernetes"]),
-    ("signer", &["attest::workload", "policy", "x509", "clock", "kubernetes", "metrics", "backoff", "telemetry"]),
+    (
+        "signer",
+        &["attest::workload", "policy", "x509", "clock", "kubernetes", "metrics", "backoff", "telemetry", "text"],
+    ),
     ("issue", &["attest::workload", "policy", "x509", "signer", "clock"]),
     (
         "hub",
@@ -68,6 +72,7 @@ const TABLE: &[(&str, &[&str])] = &[
             "hub",
             "metrics",
             "telemetry",
+            "text",
         ],
     ),
     (
@@ -85,9 +90,10 @@ const TABLE: &[(&str, &[&str])] = &[
             "rate",
             "metrics",
             "telemetry",
+            "text",
         ],
     ),
-    ("client", &["proto", "socket", "backoff", "telemetry"]),
+    ("client", &["proto", "socket", "backoff", "telemetry", "text"]),
     ("config", &["controller", "policy", "signer", "files", "socket", "telemetry", "kubernetes", "trust"]),
     ("agent", ANY),
     ("cli", ANY),
@@ -533,7 +539,7 @@ fn comments_strings_and_tests_are_not_code() {
 #[test]
 fn the_longest_prefix_decides() {
     expect(&[("src/policy/template.rs", "use crate::attest::workload::Workload;")], &[]);
-    let caught = "`policy` may import [x509, attest::workload], and this is `crate::attest::Peer`, of `attest`";
+    let caught = "`policy` may import [x509, attest::workload, text], and this is `crate::attest::Peer`, of `attest`";
     expect(&[("src/policy/template.rs", "use crate::attest::Peer;")], &[caught]);
     expect(&[("src/policy/watch.rs", "use crate::policy::PolicySet;")], &[]);
     expect(&[("src/policy.rs", "use crate::policy::watch::PolicyFiles;")], &["of `policy::watch`"]);

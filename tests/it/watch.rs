@@ -3,17 +3,26 @@
 use std::{
     fs,
     io::{BufRead as _, BufReader, Lines},
-    os::unix::process::ExitStatusExt as _,
+    os::unix::{
+        fs::{MetadataExt as _, chown},
+        process::ExitStatusExt as _,
+    },
     path::Path,
     process::{Child, ChildStderr, ChildStdout, Command, Stdio},
     time::Duration,
 };
 
-use csrd::proto::v1::{self, subscribe_response::Event};
+use csrd::{
+    proto::v1::{self, subscribe_response::Event},
+    text::is_shown,
+};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 use tonic::Code;
 
-use crate::fake_agent::{Place, current, event, renewed, status};
+use crate::{
+    attest::is_root,
+    fake_agent::{Place, current, event, renewed, status},
+};
 
 /// So often is looked for what takes a moment; a minute is far above it, for a machine under load.
 const TRIES: usize = 6000;
@@ -231,6 +240,51 @@ fn flags_that_contradict_each_other_are_refused() {
     check(&["--dir", "a", "--mode", "0644"], "give nothing to others");
     check(&["--dir", "a", "--owner", "www"], "UID:GID");
     check(&["--dir", "a", "--exec", " "], "must name a program");
+}
+
+#[test]
+fn root_is_told_of_a_folder_that_others_may_change_before_anything_is_asked_for() {
+    if !is_root("root_is_told_of_a_folder_that_others_may_change_before_anything_is_asked_for") {
+        return;
+    }
+    let place = Place::new(vec![Ok(current("c1", 1, "a"))]);
+    fs::create_dir(place.path("tls")).unwrap();
+    chown(place.path("tls"), Some(3003), Some(3003)).unwrap();
+    for arguments in [&["watch", "--dir", "tls"][..], &["watch", "--combined", "tls/both"], &["issue", "--dir", "tls"]]
+    {
+        let output = place.command(arguments).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(64), "{said}");
+        for words in ["/tls is not root's alone (owner 3003, mode 0755)", "run csrd as user 3003", "--shared-folder"] {
+            assert!(said.contains(words), "{said:?} does not say {words:?}");
+        }
+    }
+    assert!(place.agent.subscribed().is_empty() && place.agent.issued().is_empty());
+    assert_eq!(fs::read_dir(place.path("tls")).unwrap().count(), 0);
+    let mut watch = place.watch(&["--dir", "tls", "--owner", "3003:3003", "--once", "--shared-folder"]);
+    assert_eq!(watch.code(), Some(0));
+    assert_eq!(fs::metadata(place.path("tls/tls.key")).unwrap().uid(), 3003);
+    assert_eq!(read(place.path("tls/tls.key")), "key a\n");
+}
+
+#[test]
+fn lines_and_errors_of_a_watch_steer_no_terminal() {
+    let refusal = "no\x1b[2J\ncurrent: serial 0b\u{202e}";
+    let denied = || v1::Denied { reason: "POLICY_CHANGED".into(), message: refusal.into() };
+    for (format, expected) in
+        [("text", r"no\u{1b}[2J\ncurrent: serial 0b\u{202e}"), ("json", r"no\\u{1b}[2J\\ncurrent")]
+    {
+        let place = Place::new(vec![Ok(current("c1", 1, "a")), Ok(event(2, Event::Denied(denied())))]);
+        let output = place.command(&["watch", "--dir", "t\x1b[31m\nls", "-o", format]).output().unwrap();
+        let [out, err] = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
+        assert_eq!((out.lines().count(), err.lines().count()), (3, 1), "{out}{err}");
+        assert!(!format!("{out}{err}").contains(|c: char| c != '\n' && !is_shown(c)), "{out:?} {err:?}");
+        assert!(out.contains(expected), "{out}");
+        if format == "json" {
+            let written: serde_json::Value = serde_json::from_str(out.lines().nth(1).unwrap()).unwrap();
+            assert_eq!(written["path"], "t\x1b[31m\nls");
+        }
+    }
 }
 
 #[test]

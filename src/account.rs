@@ -45,7 +45,7 @@ use crate::metrics::Metrics;
 const GIVEN_UP_AT_ONCE_MAX: usize = 64;
 
 /// Who bears the bounds on what it holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Principal(u64);
 
 impl Principal {

@@ -35,6 +35,10 @@ pub const DEFAULT_STATE_DIR: &str = "/var/lib/csrd";
 /// The policies when neither flag nor file names any.
 pub const DEFAULT_POLICIES: &str = "/etc/csrd/policies";
 
+/// The part of `limits.all` that `limits.perWorkload` is at most when the file does not set it: one in so many, so that
+/// nobody is first allowed more than the hub then gives one principal.
+const WORKLOAD_SHARE: u32 = 2;
+
 /// The audience of ServiceAccount tokens when the file names none.
 pub const DEFAULT_AUDIENCE: &str = "csrd";
 
@@ -185,6 +189,16 @@ pub enum ConfigError {
         /// Line, field and rule.
         message: String,
     },
+    /// More for one than for all together.
+    #[error("limits.perWorkload: its {field} is {one}, and that of limits.all is {all}: it must not be above it")]
+    AboveAll {
+        /// perSecond or burst.
+        field: &'static str,
+        /// Of one workload's user.
+        one: NonZeroU32,
+        /// Of all.
+        all: NonZeroU32,
+    },
     /// Half of a CA.
     #[error("{0}: caCertificate and caKey go together, and chain needs both")]
     HalfCa(&'static str),
@@ -245,10 +259,7 @@ impl Config {
             Mode::Host { .. } => Rates::HOST,
             Mode::Kubernetes(_) => Rates::KUBERNETES,
         };
-        let limits = Rates {
-            all: file.limits.all.unwrap_or(defaults.all),
-            per_workload: file.limits.per_workload.unwrap_or(defaults.per_workload),
-        };
+        let limits = file.limits.checked(defaults)?;
         Ok(Self {
             socket: overrides.socket.or(file.socket).unwrap_or_default(),
             admin: overrides.admin.or(file.admin),
@@ -256,6 +267,22 @@ impl Config {
             log: file.log,
             limits,
         })
+    }
+}
+
+impl LimitsFile {
+    /// The rates, with `defaults` for what is left out; one workload's are below those of all.
+    fn checked(self, defaults: Rates) -> Result<Rates, ConfigError> {
+        let all = self.all.unwrap_or(defaults.all);
+        let Some(one) = self.per_workload else {
+            return Ok(Rates { all, per_workload: defaults.per_workload.at_most(all.share()) });
+        };
+        for (field, one, all) in [("perSecond", one.per_second, all.per_second), ("burst", one.burst, all.burst)] {
+            if one > all {
+                return Err(ConfigError::AboveAll { field, one, all });
+            }
+        }
+        Ok(Rates { all, per_workload: one })
     }
 }
 
@@ -296,8 +323,24 @@ impl Default for Kubernetes {
 impl Rates {
     /// Of a CA in this process.
     pub const HOST: Self = Self { all: rate(500, 1000), per_workload: rate(50, 500) };
-    /// Of an API server that many agents share.
-    pub const KUBERNETES: Self = Self { all: rate(DEFAULT_PER_SECOND, DEFAULT_BURST), ..Self::HOST };
+    /// Of an API server that many agents share; one pod may ask for half of what a node may.
+    pub const KUBERNETES: Self = {
+        let all = rate(DEFAULT_PER_SECOND, DEFAULT_BURST);
+        Self { all, per_workload: all.share() }
+    };
+}
+
+impl RateFile {
+    const fn share(self) -> Self {
+        const fn part(whole: NonZeroU32) -> u32 {
+            if whole.get() < WORKLOAD_SHARE { 1 } else { whole.get() / WORKLOAD_SHARE }
+        }
+        rate(part(self.per_second), part(self.burst))
+    }
+
+    fn at_most(self, bound: Self) -> Self {
+        Self { per_second: self.per_second.min(bound.per_second), burst: self.burst.min(bound.burst) }
+    }
 }
 
 const fn rate(per_second: u32, burst: u32) -> RateFile {
@@ -379,7 +422,14 @@ mod tests {
         assert_eq!(load("{}").unwrap().limits, Rates::HOST);
         assert_eq!(load("kubernetes: {}").unwrap().limits, Rates::KUBERNETES);
         let given = load("{kubernetes: {}, limits: {all: {perSecond: 7, burst: 9}}}").unwrap().limits;
-        assert_eq!(given, Rates { all: rate(7, 9), ..Rates::KUBERNETES });
+        assert_eq!(given, Rates { all: rate(7, 9), per_workload: rate(3, 4) }, "half of what all may");
+        let given = load("limits: {all: {perSecond: 1, burst: 1}}").unwrap().limits;
+        assert_eq!(given, Rates { all: rate(1, 1), per_workload: rate(1, 1) }, "but one at least");
+        for defaults in [Rates::HOST, Rates::KUBERNETES] {
+            assert_eq!(defaults.per_workload, defaults.per_workload.at_most(defaults.all.share()));
+        }
+        let given = load("limits: {all: {perSecond: 7, burst: 9}, perWorkload: {perSecond: 7, burst: 9}}").unwrap();
+        assert_eq!(given.limits, Rates { all: rate(7, 9), per_workload: rate(7, 9) }, "as much as all is not above it");
     }
 
     #[test]
@@ -466,6 +516,11 @@ mod tests {
         check("log:\n  format: xml", "line 2");
         check("log: {ansi: true}", "unknown field `ansi`");
         check("limits: {all: {perSecond: 0, burst: 1}}", "line 1");
+        let one = |rate: &str| format!("limits: {{all: {{perSecond: 7, burst: 9}}, perWorkload: {rate}}}");
+        let above = "limits.perWorkload: its perSecond is 8, and that of limits.all is 7: it must not be above it";
+        check(&one("{perSecond: 8, burst: 9}"), above);
+        check(&one("{perSecond: 7, burst: 10}"), "its burst is 10, and that of limits.all is 9");
+        check("{kubernetes: {}, limits: {perWorkload: {perSecond: 50, burst: 50}}}", "its perSecond is 50");
         check("signer: {embedded: {caKey: /k}}", "caCertificate and caKey go together");
         check("signer: {embedded: {chain: /c}}", "chain needs both");
         check("signer: {embedded: {caCertificate: /c, caKey: /k, caLifetime: 1h}}", "caLifetime is for a CA that");

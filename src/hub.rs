@@ -58,6 +58,9 @@ pub const MAX_IDLE_PER_PRINCIPAL: usize = 256;
 pub const MAX_FLIGHTS: usize = 64;
 /// Flights of one principal under way at once: slow ones, as with large RSA keys, delay nobody else's.
 pub const MAX_FLIGHTS_PER_PRINCIPAL: usize = 8;
+/// Places among [`MAX_FLIGHTS`] that only a principal with no flight under way may take: slow flights of a few principals
+/// leave a first place to all others.
+pub const FIRST_PLACES: usize = MAX_FLIGHTS / 4;
 /// How long a caller waits for its certificate, in the queue and for the signer.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(90);
 /// How long one attempt may take before it counts as failed.
@@ -391,6 +394,7 @@ impl Hub {
 
     fn publish_gauges(&self, state: &State) {
         self.0.metrics.credentials.set(state.entries.len() as i64);
+        self.0.metrics.renewals_waiting.set(state.queue.renewals() as i64);
         self.0.metrics.set_earliest_expiry(state.earliest_expiry());
     }
 
@@ -466,6 +470,11 @@ pub enum HubError {
     /// A renewal failed and the certificate has expired since.
     #[error("the certificate has expired, or policy grants another by now, and its renewal fails: {0}")]
     Expired(String),
+    /// A renewal is still waiting for its turn and the end of its certificate comes near; nothing has failed.
+    #[error(
+        "the renewal is waiting for its turn: more certificates are asked of this agent than its signers or its limits allow"
+    )]
+    Queued,
     /// The entry was given up while the caller waited for it.
     #[error("the agent is stopping")]
     Stopping,
@@ -484,6 +493,7 @@ impl HubError {
             Self::TimedOut => "SIGNER_TIMEOUT",
             Self::Lost => "ISSUANCE_LOST",
             Self::Expired(_) => "CERTIFICATE_EXPIRED",
+            Self::Queued => "RENEWAL_QUEUED",
             Self::Stopping => "AGENT_STOPPING",
         }
     }

@@ -7,6 +7,7 @@
 //! | `csrd_issuances_total` | counter | `signer`; `result` ok, error; `reason` | attempts to get a certificate signed |
 //! | `csrd_issuance_duration_seconds` | histogram | `signer` | time of one attempt, failed ones included |
 //! | `csrd_renewals_total` | counter | `result` ok, error; `reason` | renewals of a credential already delivered |
+//! | `csrd_renewals_waiting` | gauge | | renewals that are due and wait for their turn |
 //! | `csrd_credentials` | gauge | | live credentials |
 //! | `csrd_subscribers` | gauge | | open streams that follow a credential or a trust bundle |
 //! | `csrd_connections` | gauge | | open connections to the socket |
@@ -79,6 +80,8 @@ pub struct Families {
     pub decisions: Outcomes,
     /// `csrd_renewals_total`.
     pub renewals: Outcomes,
+    /// `csrd_renewals_waiting`.
+    pub renewals_waiting: Gauge,
     /// `csrd_credentials`.
     pub credentials: Gauge,
     /// `csrd_subscribers`; see [`counted`].
@@ -118,6 +121,7 @@ impl Metrics {
             issuances: add(r, "issuances", "Attempts to get a certificate signed", None, Family::default()),
             issuance_duration: durations(r, "issuance_duration", "Time of one attempt to get a certificate signed"),
             renewals: Outcomes::add(r, "renewals", "Renewals of a delivered credential", ["ok", "error"]),
+            renewals_waiting: add(r, "renewals_waiting", "Renewals that wait for their turn", None, Gauge::default()),
             credentials: add(r, "credentials", "Live credentials", None, Gauge::default()),
             subscribers: add(
                 r,
@@ -436,6 +440,8 @@ mod tests {
         # UNIT csrd_issuance_duration_seconds seconds
         # HELP csrd_renewals Renewals of a delivered credential.
         # TYPE csrd_renewals counter
+        # HELP csrd_renewals_waiting Renewals that wait for their turn.
+        # TYPE csrd_renewals_waiting gauge
         # HELP csrd_credentials Live credentials.
         # TYPE csrd_credentials gauge
         # HELP csrd_subscribers Open streams that follow a credential or roots.

@@ -1,6 +1,9 @@
 //! One credential over time, and the state of it that followers see.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use opentelemetry::trace::SpanContext;
 use tokio::sync::watch;
@@ -14,6 +17,12 @@ use crate::{
     telemetry,
     x509::Bundle,
 };
+
+/// The part of the time from when a waiting renewal presses to the end of what it renews, after which its followers are
+/// told that it waits: a turn among other pressing renewals has not come by then.
+const TOLD_AFTER: f64 = 0.5;
+/// The same of a renewal whose certificate had ended before it was due, as after a suspend.
+const TOLD_AFTER_END: Duration = Duration::from_secs(1);
 
 /// What makes two subscriptions share one entry: equal facts, and the same request.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -90,7 +99,7 @@ pub struct Live {
     pub renew_at: SystemTime,
     /// The signer's roots now, and the sequence of their last change since `issued`.
     pub bundle: (u64, Arc<Bundle>),
-    /// The last renewal failed.
+    /// The last renewal failed, or waits for its turn.
     pub delay: Option<(u64, Arc<Delay>)>,
     /// The follower has been told to rotate its key.
     pub rotation_due: Option<u64>,
@@ -98,14 +107,16 @@ pub struct Live {
     pub superseded: bool,
 }
 
-/// A renewal that failed and will be tried again.
+/// A renewal that failed and will be tried again, or that waits for its turn.
 #[derive(Clone, Debug)]
 pub struct Delay {
+    /// It waits in the queue: nothing has failed.
+    pub queued: bool,
     /// Stable reason.
     pub reason: &'static str,
     /// One sentence.
     pub message: String,
-    /// When it is tried again.
+    /// When it is tried again; for one that waits, by when its turn should have come.
     pub retry_at: SystemTime,
 }
 
@@ -154,6 +165,15 @@ impl Entry {
             (None, Some(_)) => None,
             (None, None) => Some(live.renew_at),
         }
+    }
+
+    /// When the followers of an entry whose renewal waits are to be told: once for each wait.
+    pub(super) fn tell_at(&self) -> Option<SystemTime> {
+        let Flight::Queued(Turn::Renewal(presses), _) = self.flight else { return None };
+        let snapshot = self.snapshot.borrow();
+        let live = snapshot.live().filter(|live| live.delay.as_ref().is_none_or(|(_, delay)| !delay.queued))?;
+        let left = live.credential.not_after().duration_since(presses).unwrap_or_default();
+        Some(presses + if left.is_zero() { TOLD_AFTER_END } else { left.mul_f64(TOLD_AFTER) })
     }
 
     /// Whether a renewal needs a key that only the follower can make.

@@ -11,7 +11,7 @@ use tokio_stream::{StreamExt as _, StreamMap, wrappers::WatchStream};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
-use super::{FLIGHT_TIMEOUT, Hub, HubError, MAX_FLIGHTS, MAX_SLEEP, STOP_GRACE, Step, entry::Flight};
+use super::{FLIGHT_TIMEOUT, Hub, HubError, MAX_SLEEP, STOP_GRACE, Step, entry::Flight};
 use crate::{
     account::{Account, Principal},
     attest::{Pods, Workload},
@@ -79,8 +79,8 @@ impl Hub {
     fn start(&self, flights: &mut Flights) -> Duration {
         let mut state = self.lock();
         let mut wait = MAX_SLEEP;
-        while flights.tasks.len() < MAX_FLIGHTS {
-            match state.queue.pop() {
+        loop {
+            match state.queue.pop(self.0.clock.now()) {
                 Ok(Some(id)) => {
                     let entry = state.entries.get_mut(&id).expect("only entries that are held are queued");
                     entry.flight = Flight::UnderWay;
@@ -95,6 +95,7 @@ impl Hub {
                 }
             }
         }
+        self.publish_gauges(&state);
         match state.first_due() {
             Some(due) => wait.min(self.0.clock.until(due)),
             None => wait,
@@ -150,6 +151,10 @@ impl Hub {
         let Some(Owner { id, principal, grant }) = owners.remove(&task) else { return };
         let mut state = self.lock();
         state.queue.landed(principal);
+        // Policies or the workload may have changed a moment ago, and the sweep that this called for be still to come.
+        if let Some(lost) = self.revise(&mut state, id) {
+            tracing::info!(reason = lost.reason(), "a credential lost its right");
+        }
         // The roots of now, not of the signing: a change between the two has no event of its own for this entry.
         let outcome = outcome.and_then(|credential| {
             let bundle = self.signer(credential.grant())?.sign.bundle().borrow().clone();

@@ -11,7 +11,7 @@ use rand::{Rng as _, rngs::StdRng};
 use super::{
     HubError, LINGER, MAX_IDLE_PER_PRINCIPAL, RENEW_WINDOW,
     entry::{Delay, Entry, Flight, Key, Live, Snapshot},
-    queue::{Queue, Turn},
+    queue::{PRESSING_AFTER, Queue, Turn},
 };
 use crate::{
     account::{Account, Full, Kind, Principal},
@@ -200,6 +200,7 @@ impl State {
 
     /// Does what is due by `now`.
     pub(super) fn fire(&mut self, now: SystemTime) {
+        let mut waiting = 0_usize;
         while let Some(&(when, id)) = self.due.first() {
             if when > now {
                 break;
@@ -209,14 +210,44 @@ impl State {
             entry.due = None;
             if entry.idle_since.is_some() {
                 self.forget(id);
-            } else if entry.rotates_key() {
-                let sequence = next_sequence(&mut self.sequence, now);
-                self.change(id, |live| live.rotation_due = Some(sequence));
-            } else {
-                let not_after = entry.snapshot.borrow().live().map_or(now, |live| live.credential.not_after());
-                self.enqueue(id, Turn::Renewal(not_after));
+                continue;
+            }
+            match entry.flight {
+                Flight::Idle if entry.rotates_key() => {
+                    let sequence = next_sequence(&mut self.sequence, now);
+                    self.change(id, |live| live.rotation_due = Some(sequence));
+                }
+                Flight::Idle => self.enqueue_renewal(id, PRESSING_AFTER, now),
+                Flight::Queued(turn, rank) if entry.tell_at().is_some_and(|when| when <= now) => {
+                    self.tell_that_it_waits(id, turn, rank, now);
+                    waiting += 1;
+                }
+                Flight::Queued(..) | Flight::UnderWay => {}
             }
         }
+        if waiting > 0 {
+            let reason = HubError::Queued.reason();
+            tracing::warn!(renewals = waiting, reason, "renewals wait for their turn, and their certificates end soon");
+        }
+    }
+
+    /// Puts a renewal into the queue, to press once `pressing_after` of what is left has passed.
+    fn enqueue_renewal(&mut self, id: u128, pressing_after: f64, now: SystemTime) {
+        let Some(entry) = self.entries.get(&id) else { return };
+        let not_after = entry.snapshot.borrow().live().map_or(now, |live| live.credential.not_after());
+        let left = not_after.duration_since(now).unwrap_or_default();
+        self.enqueue(id, Turn::Renewal(now + left.mul_f64(pressing_after)));
+        self.reschedule(id, now);
+    }
+
+    /// Tells the followers of an entry that its renewal waits.
+    fn tell_that_it_waits(&mut self, id: u128, turn: Turn, rank: u64, now: SystemTime) {
+        let Some(entry) = self.entries.get(&id) else { return };
+        let retry_at = now + self.queue.at_most(entry.workload.principal(), turn, rank);
+        let (reason, message) = (HubError::Queued.reason(), HubError::Queued.to_string());
+        let delay = Arc::new(Delay { queued: true, reason, message, retry_at });
+        let sequence = next_sequence(&mut self.sequence, now);
+        self.change(id, |live| live.delay = Some((sequence, delay)));
     }
 
     /// The entry's workload is in other circumstances now: what was decided for it no longer stands.
@@ -260,7 +291,7 @@ impl State {
                 }
                 if other && !self.entries[&id].rotates_key() {
                     // What is in use is no longer what was decided: ahead of every renewal that still has time.
-                    self.enqueue(id, Turn::Renewal(now));
+                    self.enqueue_renewal(id, 0.0, now);
                 }
                 None
             }
@@ -328,7 +359,8 @@ impl State {
                 let wait = RETRY.bounded_by(left, entry.failures, &mut self.rng);
                 // Later if the signer asks for it, spread all the same, but still before the end.
                 let retry_at = now + wait.max((wait + error.retry_after()).min(left));
-                let delay = Arc::new(Delay { reason: error.reason(), message: with_causes(&error), retry_at });
+                let delay =
+                    Arc::new(Delay { queued: false, reason: error.reason(), message: with_causes(&error), retry_at });
                 self.change(id, |live| live.delay = Some((sequence, delay)));
                 self.reschedule(id, now);
             }
@@ -379,7 +411,7 @@ impl State {
         let due = match entry.idle_since {
             Some(since) => Some(since + LINGER),
             None if entry.flight == Flight::Idle => entry.next_due(),
-            None => None,
+            None => entry.tell_at(),
         };
         // A clock that was set back must not keep an idle entry longer than it lingers.
         let due = due.map(|due| if entry.idle_since.is_some() { due.min(now + LINGER) } else { due });

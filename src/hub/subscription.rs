@@ -27,7 +27,7 @@ pub enum Event {
     Certificate(u64, Live),
     /// The roots changed.
     Bundle(u64, Arc<Bundle>),
-    /// A renewal failed; the certificate of `Live` stays in force.
+    /// A renewal failed, or waits for its turn and the end comes near; the certificate of `Live` stays in force.
     Delayed(u64, Arc<Delay>, Live),
     /// The follower is to rotate its key before the certificate of `Live` ends.
     RotationDue(u64, Live),
@@ -60,8 +60,8 @@ impl Subscription {
                 Snapshot::Denied(_, lost) => return Err(lost.clone()),
                 Snapshot::Live(live) => match &live.delay {
                     _ if live.credential.not_after() > self.hub.0.clock.now() && !live.superseded => return Ok(()),
-                    Some((_, delay)) => return Err(HubError::Expired(delay.message.clone())),
-                    None => {}
+                    Some((_, delay)) if !delay.queued => return Err(HubError::Expired(delay.message.clone())),
+                    _ => {}
                 },
             }
             self.snapshots.changed().await.map_err(|_| HubError::Stopping)?;

@@ -4,6 +4,7 @@ mod bounds;
 mod model;
 mod pods;
 mod renewal;
+mod turns;
 
 use std::{
     collections::BTreeSet,
@@ -93,20 +94,23 @@ impl Bench {
     }
 
     fn with_rates(signer: u32, principal: u32) -> Self {
-        Self::with(signer, principal, Limits::default())
+        Self::with(rate(signer), rate(principal))
+    }
+
+    fn with(signer_rate: Rate, principal_rate: Rate) -> Self {
+        Self::with_all(signer_rate, principal_rate, Limits::default())
     }
 
     fn with_limits(limits: Limits) -> Self {
-        Self::with(1_000_000, 1_000_000, limits)
+        Self::with_all(rate(1_000_000), rate(1_000_000), limits)
     }
 
-    fn with(signer: u32, principal: u32, limits: Limits) -> Self {
+    fn with_all(signer_rate: Rate, principal_rate: Rate, limits: Limits) -> Self {
         let clock = Clock::paused(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
         let metrics = Metrics::new();
         let ca = embedded::Embedded::ephemeral(embedded::DEFAULT_CA_LIFETIME, &clock, metrics.signer("embedded"));
         let ca = ca.expect("an embedded CA");
         let bundle = watch::Sender::new(ca.bundle().borrow().clone());
-        let signer_rate = rate(signer);
         let signer = Arc::new(Scripted {
             ca,
             delay: Mutex::new(Duration::from_millis(10)),
@@ -123,7 +127,7 @@ impl Bench {
             pods: Some(pods.clone()),
             signers: vec![signer.clone()],
             signer_rate,
-            principal_rate: rate(principal),
+            principal_rate,
             account: Account::new(limits, 0, &metrics),
             seed: 7,
             metrics,
@@ -165,7 +169,7 @@ spec:
   match: {{unix: {{uids: {:?}}}}}
   allow: {{dnsNames: [{}], lifetime: {{default: 1h, max: 24h}}}}
 ",
-        (1..=20).collect::<Vec<_>>(),
+        (1..=40).collect::<Vec<_>>(),
         dns.iter().map(|name| format!("'{name}'")).collect::<Vec<_>>().join(", ")
     );
     Arc::new(PolicySet::parse(&[Source { origin: "test".into(), text }], EMBEDDED).expect("the policy is valid"))

@@ -28,6 +28,7 @@
 //! | `REQUEST_LATE` | DEADLINE_EXCEEDED | send the request's message whole, within 10 s |
 //! | `CA_NOT_VALID`, `CA_KEY_UNUSABLE` | UNAVAILABLE | call again; the operator replaces the CA or corrects the clock |
 //! | `SIGNER_TIMEOUT`, `KEY_NOT_MADE`, `INTERRUPTED`, `AGENT_STOPPING` | UNAVAILABLE | call again |
+//! | `RENEWAL_QUEUED` | UNAVAILABLE, or no code: said of a renewal in `renewal_delayed` | nothing; the operator raises `limits`, or finds out who asks for so many |
 //! | `CERTIFICATE_EXPIRED` | UNAVAILABLE | call again; the message says why the renewal fails |
 //! | `CERTIFICATE_NOT_AS_GRANTED` | INTERNAL, or UNAVAILABLE while it is only a matter of time | the signer is at fault: see the agent's log |
 //! | `SIGNER_MALFORMED_CERTIFICATE`, `KEY_ALGORITHM_NOT_GRANTED`, `USAGES_INCOMPLETE` | INTERNAL | signer or policy are at fault: see the message |
@@ -163,7 +164,7 @@ impl From<&HubError> for Refusal {
             HubError::RateLimited { .. } | HubError::TooMany(_) | HubError::GivenUp => Code::ResourceExhausted,
             HubError::Issue(error) => of_issue(error),
             HubError::Lost => Code::Internal,
-            HubError::TimedOut | HubError::Expired(_) => Code::Unavailable,
+            HubError::TimedOut | HubError::Expired(_) | HubError::Queued => Code::Unavailable,
         };
         Self::new(code, error.reason(), with_causes(error))
     }

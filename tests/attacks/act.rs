@@ -1,7 +1,7 @@
 //! What this program does when it is started again as another user: one part of an attack, or the quiet neighbour.
 //!
-//! `--act PART SOCKET ADMIN UNTIL MANY`: until that moment (milliseconds since 1970) and with that many of whatever the part
-//! holds or does at once. It prints one line, which its starter reads.
+//! `--act PART SOCKET ADMIN SECONDS MANY`: for so long from the end of its standard input on, and with that many of whatever
+//! the part holds or does at once. It prints one line, which its starter reads.
 
 mod calls;
 mod connections;
@@ -9,6 +9,7 @@ mod sockets;
 mod streams;
 
 use std::{
+    error::Error,
     fmt,
     net::SocketAddr,
     path::PathBuf,
@@ -17,20 +18,29 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use csrd::proto::v1::certificate_service_client::CertificateServiceClient;
 use rustix::process::{Signal, set_parent_process_death_signal};
+use tokio::io::AsyncReadExt as _;
+use tonic::{
+    Status,
+    transport::{Channel, Endpoint},
+};
 
 use crate::neighbour;
 
 /// The first argument of such a process.
 pub(crate) const ARGUMENT: &str = "--act";
 
+pub(crate) type Client = CertificateServiceClient<Channel>;
+
 /// What a part works with.
 #[derive(Clone, Debug)]
 pub(crate) struct Orders {
     pub(crate) socket: PathBuf,
     pub(crate) admin: SocketAddr,
-    /// Milliseconds since 1970.
-    pub(crate) until: u64,
+    pub(crate) time: Duration,
+    /// Milliseconds since 1970, from [`begun`](Self::begun) on.
+    until: u64,
     pub(crate) many: usize,
 }
 
@@ -43,17 +53,26 @@ pub(crate) struct Did {
     pub(crate) refused: u64,
     /// The most that were held open at once.
     pub(crate) open: u64,
+    /// Processes that did not stop and were killed; what they did is not known.
+    pub(crate) stuck: u64,
 }
 
 impl Orders {
     fn parse(arguments: &[String]) -> Option<Self> {
-        let [socket, admin, until, many] = arguments else { return None };
+        let [socket, admin, seconds, many] = arguments else { return None };
         Some(Self {
             socket: socket.into(),
             admin: admin.parse().ok()?,
-            until: until.parse().ok()?,
+            time: Duration::from_secs(seconds.parse().ok()?),
+            until: u64::MAX,
             many: many.parse().ok()?,
         })
+    }
+
+    /// Waits until all parts may begin: the end of the standard input that they share.
+    pub(crate) async fn begun(self) -> Self {
+        let _ = tokio::io::stdin().read_to_end(&mut Vec::new()).await;
+        Self { until: now() + self.time.as_millis() as u64, ..self }
     }
 
     /// What is left of the time.
@@ -71,11 +90,29 @@ pub(crate) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
+/// A client on a connection of its own, which fails with the innermost reason.
+pub(crate) async fn connect(orders: &Orders) -> Result<Client, Status> {
+    channel(orders).await.map(Client::new)
+}
+
+/// The connection alone.
+async fn channel(orders: &Orders) -> Result<Channel, Status> {
+    let endpoint = Endpoint::from_shared(format!("unix://{}", orders.socket.display())).expect("a unix address");
+    endpoint.connect().await.map_err(|error| {
+        let mut reason: &dyn Error = &error;
+        while let Some(source) = reason.source() {
+            reason = source;
+        }
+        Status::unavailable(reason.to_string())
+    })
+}
+
 impl std::ops::AddAssign for Did {
     fn add_assign(&mut self, other: Self) {
         self.done += other.done;
         self.refused += other.refused;
         self.open += other.open;
+        self.stuck += other.stuck;
     }
 }
 
@@ -91,7 +128,7 @@ impl FromStr for Did {
     fn from_str(line: &str) -> Result<Self, ()> {
         let numbers: Result<Vec<u64>, _> = line.split(' ').map(str::parse).collect();
         match numbers.map_err(drop)?[..] {
-            [done, refused, open] => Ok(Self { done, refused, open }),
+            [done, refused, open] => Ok(Self { done, refused, open, stuck: 0 }),
             _ => Err(()),
         }
     }
@@ -107,11 +144,12 @@ pub(crate) async fn act(arguments: &[String]) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let Some(orders) = Orders::parse(rest) else { return ExitCode::FAILURE };
+    if part == "neighbour" {
+        println!("{}", neighbour::live(orders).await);
+        return ExitCode::SUCCESS;
+    }
+    let orders = orders.begun().await;
     let did = match part.as_str() {
-        "neighbour" => {
-            println!("{}", neighbour::live(&orders).await);
-            return ExitCode::SUCCESS;
-        }
         "first" => {
             return match calls::first(&orders).await {
                 Ok(()) => ExitCode::SUCCESS,

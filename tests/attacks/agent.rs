@@ -149,11 +149,6 @@ impl Agent {
             _ => status.to_string(),
         })
     }
-
-    /// Keeps the log for whoever wants to read it.
-    pub(crate) fn keep_log(&self, as_name: &str) {
-        let _ = fs::copy(self.folder.path().join("log"), std::env::temp_dir().join(as_name));
-    }
 }
 
 impl Drop for Agent {

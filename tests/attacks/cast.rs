@@ -1,10 +1,10 @@
 //! Processes of other users: this program again, each with one part.
 
-use std::{process::Stdio, time::Duration};
+use std::{io::PipeReader, process::Stdio, time::Duration};
 
 use anyhow::Context as _;
 use tokio::{
-    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader},
     process::{Child, Command},
     time::timeout,
 };
@@ -17,6 +17,8 @@ use crate::{
 
 /// How long a process may take beyond its time.
 const GRACE: Duration = Duration::from_secs(15);
+/// How long a started process has before all begin.
+const TO_START: Duration = Duration::from_millis(2);
 /// Processes that are started before those already there get a turn.
 const BATCH: u32 = 8;
 
@@ -33,32 +35,33 @@ pub(crate) struct Group {
 }
 
 /// This program as another user, killed when dropped.
-pub(crate) fn command(place: &Place, part: &str, (uid, gid): (u32, u32), until: u64, many: usize) -> Command {
+pub(crate) fn command(place: &Place, part: &str, (uid, gid): (u32, u32), time: Duration, many: usize) -> Command {
     let mut command = Command::new(&place.attacker);
     command.arg(act::ARGUMENT).arg(part).arg(&place.socket).arg(place.admin.to_string());
-    command.arg(until.to_string()).arg(many.to_string());
+    command.arg(time.as_secs().to_string()).arg(many.to_string());
     command.uid(uid).gid(gid).current_dir("/").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     command.kill_on_drop(true);
     command
 }
 
 impl Group {
-    /// Starts all, which act at once and stop by themselves.
-    pub(crate) async fn start(&self, place: &Place, until: u64) -> anyhow::Result<Vec<Child>> {
+    /// Starts all, which act when `begin` ends, and stop by themselves.
+    pub(crate) async fn start(&self, place: &Place, begin: &PipeReader, time: Duration) -> anyhow::Result<Vec<Child>> {
         let mut started = Vec::new();
         for number in 0..self.processes {
             let user = (self.first_uid + number, self.gid);
-            let child = command(place, self.part, user, until, self.many).spawn();
+            let child = command(place, self.part, user, time, self.many).stdin(begin.try_clone()?).spawn();
             started.push(child.with_context(|| format!("starting {} number {number}", self.part))?);
             if number % BATCH == BATCH - 1 {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
         }
+        tokio::time::sleep(TO_START * self.processes).await;
         Ok(started)
     }
 }
 
-/// What all of them did together; one that does not stop is killed and counts for nothing.
+/// What all of them did together; one that does not stop is killed.
 pub(crate) async fn ended(children: Vec<Child>, left: Duration) -> Did {
     let by = tokio::time::Instant::now() + left + GRACE;
     let mut did = Did::default();
@@ -67,6 +70,8 @@ pub(crate) async fn ended(children: Vec<Child>, left: Duration) -> Did {
             && let Ok(one) = String::from_utf8_lossy(&output.stdout).trim().parse()
         {
             did += one;
+        } else {
+            did.stuck += 1;
         }
     }
     did
@@ -77,19 +82,14 @@ pub(crate) struct Neighbour(Child);
 
 impl Neighbour {
     /// Returns once it is ready.
-    pub(crate) async fn start(place: &Place) -> anyhow::Result<Self> {
-        let mut child = command(place, "neighbour", (NEIGHBOUR, NEIGHBOUR), 0, 0).stdin(Stdio::piped()).spawn()?;
+    pub(crate) async fn start(place: &Place, begin: &PipeReader, time: Duration) -> anyhow::Result<Self> {
+        let mut child =
+            command(place, "neighbour", (NEIGHBOUR, NEIGHBOUR), time, 0).stdin(begin.try_clone()?).spawn()?;
         let mut output = BufReader::with_capacity(1, child.stdout.as_mut().context("piped")?);
         let mut line = String::new();
         timeout(GRACE, output.read_line(&mut line)).await.context("the neighbour does not get ready")??;
         anyhow::ensure!(line.trim() == READY, "the neighbour does not get ready: {line}");
         Ok(Self(child))
-    }
-
-    /// Begins what it measures.
-    pub(crate) async fn go(&mut self, until: u64) -> anyhow::Result<()> {
-        let input = self.0.stdin.as_mut().context("piped")?;
-        Ok(input.write_all(format!("{until}\n").as_bytes()).await?)
     }
 
     pub(crate) async fn report(mut self, left: Duration) -> anyhow::Result<Report> {

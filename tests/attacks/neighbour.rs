@@ -12,17 +12,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use csrd::proto::v1::{self, certificate_service_client::CertificateServiceClient, subscribe_response::Event};
-use tokio::{
-    io::{AsyncBufReadExt as _, BufReader},
-    time::{sleep, timeout},
-};
-use tonic::{
-    Status, Streaming,
-    transport::{Channel, Endpoint},
-};
+use csrd::proto::v1::{self, subscribe_response::Event};
+use tokio::time::{sleep, timeout};
+use tonic::{Status, Streaming};
 
-use crate::act::{Orders, now};
+use crate::act::{Client, Orders, connect, now};
 
 const HELD_EVERY: Duration = Duration::from_millis(10);
 const NEW_EVERY: Duration = Duration::from_millis(50);
@@ -65,17 +59,13 @@ struct Seen {
 }
 
 type Shared = Rc<RefCell<Seen>>;
-type Client = CertificateServiceClient<Channel>;
 
-/// Gets ready, waits for a line with the end of its time, and lives until then.
-pub(crate) async fn live(orders: &Orders) -> Report {
+/// Gets ready, and lives from the moment on at which all begin.
+pub(crate) async fn live(orders: Orders) -> Report {
     let seen = Shared::default();
-    let Some((client, stream)) = ready(orders, &seen).await else { return report(seen) };
+    let Some((client, stream)) = ready(&orders, &seen).await else { return report(seen) };
     println!("{READY}");
-    let mut line = String::new();
-    let _ = BufReader::new(tokio::io::stdin()).read_line(&mut line).await;
-    let Ok(until) = line.trim().parse() else { return report(seen) };
-    let orders = Orders { until, ..orders.clone() };
+    let orders = orders.begun().await;
     let followed = follow(&orders, stream, &seen);
     tokio::join!(held(&orders, client, &seen), new(&orders, &seen), followed);
     report(seen)
@@ -95,20 +85,6 @@ async fn ready(orders: &Orders, seen: &Shared) -> Option<(Client, (Following, St
         seen.borrow_mut().report.failures += 1;
     }
     connected
-}
-
-async fn connect(orders: &Orders) -> Result<Client, Status> {
-    let endpoint = Endpoint::from_shared(format!("unix://{}", orders.socket.display())).expect("a unix address");
-    let channel = endpoint.connect().await.map_err(|error| {
-        let mut text = error.to_string();
-        let mut source = std::error::Error::source(&error);
-        while let Some(error) = source {
-            text = format!("{text}: {error}");
-            source = error.source();
-        }
-        Status::unavailable(text)
-    })?;
-    Ok(Client::new(channel))
 }
 
 fn ask(name: &str) -> v1::CertificateRequest {

@@ -38,17 +38,18 @@ pub(crate) struct Figures {
 pub(crate) async fn play(row: &Row) -> anyhow::Result<Figures> {
     let mut agent = Agent::start(&row.agent).await?;
     let place = agent.place.clone();
-    let mut neighbour = Neighbour::start(&place).await?;
+    let time = Duration::from_secs(row.seconds);
+    let (begin, hold) = std::io::pipe()?;
+    let neighbour = Neighbour::start(&place, &begin, time).await?;
+    let mut children = Vec::new();
+    for group in &row.groups {
+        children.extend(group.start(&place, &begin, time).await?);
+    }
     agent.log.begin();
     let until = now() + row.seconds * 1000;
-    neighbour.go(until).await?;
+    drop(hold);
     let attack = async {
-        let mut children = Vec::new();
-        for group in &row.groups {
-            children.extend(group.start(&place, until).await?);
-        }
-        let left = Duration::from_millis(until.saturating_sub(now()));
-        let (did, report) = tokio::join!(cast::ended(children, left), neighbour.report(left));
+        let (did, report) = tokio::join!(cast::ended(children, time), neighbour.report(time));
         anyhow::Ok((did, report?))
     };
     let tried = async {

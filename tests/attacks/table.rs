@@ -111,6 +111,9 @@ fn notes(figures: &Figures) -> Vec<(&'static str, String)> {
     if figures.lines > 1000 {
         notes.push(("log", format!("{} lines", figures.lines)));
     }
+    if figures.did.stuck > 0 {
+        notes.push(("attackers", format!("{} did not end and were killed, uncounted", figures.did.stuck)));
+    }
     if !figures.limited {
         notes.push(("agent", "without a memory limit: no memory controller here".to_owned()));
     }

@@ -6,31 +6,17 @@ use std::{
     time::Duration,
 };
 
-use csrd::proto::v1::{self, certificate_service_client::CertificateServiceClient};
+use csrd::proto::v1;
 use tokio::{
     task::JoinSet,
     time::{sleep, timeout},
 };
-use tonic::{
-    Status,
-    transport::{Channel, Endpoint},
-};
+use tonic::Status;
 
-use super::{Did, Orders};
+use super::{Client, Did, Orders, connect};
 
 /// Calls of one connection at once: fewer than an agent lets a connection have.
 pub(super) const PER_CONNECTION: usize = 64;
-
-pub(crate) type Client = CertificateServiceClient<Channel>;
-
-/// A connection of its own.
-pub(crate) async fn channel(orders: &Orders) -> Result<Channel, Status> {
-    let endpoint = Endpoint::from_shared(format!("unix://{}", orders.socket.display())).expect("a unix address");
-    endpoint
-        .connect()
-        .await
-        .map_err(|error| Status::unavailable(format!("{error}: {:?}", std::error::Error::source(&error))))
-}
 
 /// Keeps `many` calls under way until the time is over.
 async fn flood<F: Future<Output = Result<(), Status>> + Send>(
@@ -52,8 +38,8 @@ where
                 // Lost connections are made anew.
                 let client = match connected.take() {
                     Some(client) => client,
-                    None => match timeout(Duration::from_secs(5), channel(&orders)).await {
-                        Ok(Ok(channel)) => Client::new(channel),
+                    None => match timeout(Duration::from_secs(5), connect(&orders)).await {
+                        Ok(Ok(client)) => client,
                         _ => {
                             did.refused += 1;
                             sleep(Duration::from_millis(10)).await;
@@ -121,7 +107,7 @@ pub(super) async fn who_am_i(orders: &Orders) -> Did {
 
 /// A newcomer's first subscription.
 pub(super) async fn first(orders: &Orders) -> Result<(), Status> {
-    let mut client = Client::new(channel(orders).await?);
+    let mut client = connect(orders).await?;
     subscribed(&mut client, "first.newcomer.test").await.map(drop)
 }
 

@@ -1,6 +1,7 @@
 //! Attacks below HTTP/2: descriptors sent along, sockets passed on, connections that only begin.
 
 use std::{
+    collections::VecDeque,
     io::{IoSlice, IoSliceMut, Write as _},
     mem::MaybeUninit,
     net::{Ipv4Addr, TcpListener, TcpStream},
@@ -26,6 +27,9 @@ const LINGER: Duration = Duration::from_secs(8);
 const PAUSE: Duration = Duration::from_secs(1);
 /// The part of a process that writes on connections of another.
 pub(super) const SCRIBBLER: &str = "scribble";
+
+/// Connections that such a process holds.
+const SCRIBBLED_ON: usize = 512;
 
 /// Sends a TCP socket whose close takes long, as its last holder; `unread` leaves it in the agent's queue, behind bytes for
 /// which the agent ends the connection.
@@ -91,9 +95,11 @@ pub(super) fn passed(orders: &Orders) -> Did {
     did
 }
 
-/// Writes on every connection that comes through standard input, and closes it.
+/// Writes on every connection that comes through standard input, and closes it some connections later: the agent reads
+/// nothing from one that is closed before it has written its own first bytes.
 pub(super) fn scribble() {
     let input = std::io::stdin();
+    let mut open = VecDeque::new();
     loop {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -104,9 +110,14 @@ pub(super) fn scribble() {
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(descriptors) = message {
                 for descriptor in descriptors {
-                    let _ = UnixStream::from(descriptor).write_all(&hello());
+                    let mut agent = UnixStream::from(descriptor);
+                    let _ = agent.write_all(&hello());
+                    open.push_back(agent);
                 }
             }
+        }
+        if open.len() > SCRIBBLED_ON {
+            open.pop_front();
         }
     }
 }

@@ -24,14 +24,18 @@ use tonic::{Status, transport::Channel};
 
 use super::{
     Did, Orders,
-    calls::{Client, PER_CONNECTION, channel, subscribed},
+    calls::{PER_CONNECTION, subscribed},
+    channel, connect,
 };
 
 const TYPE_URL: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
+
 type Sds = SecretDiscoveryServiceClient<Channel>;
 
 /// Subscriptions that one connection asks for at once.
 const AT_ONCE: usize = 8;
+/// Before what was refused is tried again.
+const PAUSE: Duration = Duration::from_millis(500);
 
 /// Holds `many` subscriptions, each for a name of its own, until the time is over.
 pub(super) async fn subscribe(orders: &Orders) -> Did {
@@ -39,8 +43,15 @@ pub(super) async fn subscribe(orders: &Orders) -> Did {
     for begin in (0..orders.many).step_by(PER_CONNECTION) {
         let orders = orders.clone();
         connections.spawn(async move {
-            let Ok(channel) = channel(&orders).await else { return Did { refused: 1, ..Did::default() } };
-            let client = Client::new(channel);
+            let mut lost = 0;
+            let client = loop {
+                match timeout(orders.left(), connect(&orders)).await {
+                    Ok(Ok(client)) => break client,
+                    Ok(Err(_)) => lost += 1,
+                    Err(_) => return Did { refused: lost, ..Did::default() },
+                }
+                sleep(PAUSE.min(orders.left())).await;
+            };
             let asked = stream::iter(begin..orders.many.min(begin + PER_CONNECTION)).map(|number| {
                 let (mut client, orders) = (client.clone(), orders.clone());
                 async move {
@@ -52,7 +63,7 @@ pub(super) async fn subscribe(orders: &Orders) -> Did {
                             Ok(Err(_)) => refused += 1,
                             Err(_) => break,
                         }
-                        sleep(Duration::from_millis(500)).await;
+                        sleep(PAUSE.min(orders.left())).await;
                     }
                     (None, refused)
                 }
@@ -60,7 +71,8 @@ pub(super) async fn subscribe(orders: &Orders) -> Did {
             let held: Vec<_> = asked.buffer_unordered(AT_ONCE).collect().await;
             sleep(orders.left()).await;
             let done = held.iter().filter(|(stream, _)| stream.is_some()).count() as u64;
-            Did { done, refused: held.iter().map(|(_, refused)| refused).sum(), open: done }
+            let refused = lost + held.iter().map(|(_, refused)| refused).sum::<u64>();
+            Did { done, refused, open: done, ..Did::default() }
         });
     }
     let mut did = Did::default();
@@ -126,5 +138,5 @@ where
         refused += 1;
         sleep(Duration::from_millis(10)).await;
     }
-    Did { done: sent.load(Ordering::Relaxed), refused, open: 1 }
+    Did { done: sent.load(Ordering::Relaxed), refused, open: 1, ..Did::default() }
 }

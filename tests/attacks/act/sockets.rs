@@ -28,8 +28,8 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// The part of a process that writes on connections of another.
 pub(super) const SCRIBBLER: &str = "scribble";
 
-/// Connections that such a process holds.
-const SCRIBBLED_ON: usize = 512;
+/// Connections that such a process holds: more than wait to be accepted (`net.core.somaxconn`).
+const SCRIBBLED_ON: usize = 6000;
 
 /// Sends a TCP socket whose close takes long, as its last holder; `unread` leaves it in the agent's queue, behind bytes for
 /// which the agent ends the connection.

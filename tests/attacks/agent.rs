@@ -98,6 +98,8 @@ impl Agent {
         command.arg("prlimit").arg(format!("--nofile={descriptors}:{descriptors}"));
         command.arg("setpriv").arg(format!("--reuid={USER}")).arg(format!("--regid={USER}"));
         command.args(["--clear-groups", "--inh-caps=+sys_ptrace", "--ambient-caps=+sys_ptrace", "--no-new-privs"]);
+        // Whatever ends this process ends the agent.
+        command.arg("--pdeathsig=KILL");
         command.arg(path("csrd")).args(["agent", "--config"]).arg(path("config.yaml"));
         command.arg("--socket").arg(path("run/s")).arg("--state-dir").arg(path("state"));
         command.arg("--policy").arg(path("policies")).arg("--admin").arg(admin.to_string());

@@ -41,12 +41,15 @@ async fn what_cannot_issue_is_alive_and_says_why_it_is_not_ready() {
     let (socket, readiness, stop) = (folder.path().join("s"), Readiness::new(), CancellationToken::new());
     let condition = readiness.condition("cluster");
     condition.fails("policies have not been listed\x1b[2J yet");
-    tokio::spawn(health::serve(UnixListener::bind(&socket).unwrap(), readiness, stop.clone()));
-    let why = "not ready: cluster: policies have not been listed\\u{1b}[2J yet";
-    check(&socket, Some(why), None).await;
-    condition.holds();
-    check(&socket, None, None).await;
-    stop.cancel();
+    let served = health::serve(UnixListener::bind(&socket).unwrap(), readiness, stop.clone());
+    let asked = async {
+        let why = "not ready: cluster: policies have not been listed\\u{1b}[2J yet";
+        check(&socket, Some(why), None).await;
+        condition.holds();
+        check(&socket, None, None).await;
+        stop.cancel();
+    };
+    tokio::join!(served, asked);
 }
 
 #[tokio::test]

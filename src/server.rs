@@ -182,6 +182,7 @@ impl Server {
                 Some(_) = connections.join_next() => {}
                 accepted = listener.accept() => match accepted {
                     Ok((stream, _)) => {
+                        let stream = self.attestor.accepted(stream);
                         let peer = Peer::of(&stream, &self.attestor).map(Arc::new);
                         let principal = peer.as_ref().ok().and_then(|peer| self.attestor.principal(peer));
                         let principal = principal.unwrap_or(UNKNOWN);
@@ -213,7 +214,7 @@ impl Server {
                 },
             }
         }
-        drop(listener);
+        self.attestor.close_listener(listener);
         let all = async { while connections.join_next().await.is_some() {} };
         if timeout(stop::SERVER, all).await.is_err() {
             tracing::debug!("connections that did not close in time were dropped");

@@ -5,7 +5,7 @@
 use std::{num::NonZeroU32, sync::Arc, time::Duration, time::SystemTime};
 
 use csrd::{
-    attest::{Attestor, Caller, Workload, prepare_listener},
+    attest::{Attestor, Caller, Capabilities, Workload, prepare_listener},
     clock::Clock,
     hub::{self, Hub},
     metrics::Metrics,
@@ -66,7 +66,7 @@ impl Host {
         Self::with(Limits::default(), metrics)
     }
 
-    fn with(limits: Limits, metrics: Metrics) -> Self {
+    pub(crate) fn with(limits: Limits, metrics: Metrics) -> Self {
         let clock = Clock::paused(SystemTime::UNIX_EPOCH + Duration::from_secs(1 << 31));
         let rate = Rate { per_second: NonZeroU32::MIN, burst: NonZeroU32::MIN };
         let (sender, policies) = watch::channel(Arc::new(PolicySet::default()));
@@ -459,7 +459,7 @@ async fn one_connection_past_a_bound_is_closed_until_another_has_ended() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("s");
         let listener = UnixListener::bind(&path).unwrap();
-        prepare_listener(&listener).unwrap();
+        prepare_listener(&listener, Capabilities::probe()).unwrap();
         let server = host.server.clone();
         host.connections.spawn(server.serve(listener));
         let call = async || {

@@ -16,7 +16,7 @@ use std::{
 
 use rustix::fs::{Mode, OFlags};
 use tokio::{
-    net::{TcpListener, UnixListener, UnixStream},
+    net::{TcpListener, UnixListener, UnixSocket, UnixStream},
     sync::watch,
     time::sleep,
 };
@@ -25,7 +25,7 @@ use tonic::service::Routes;
 
 use crate::{
     account::{Account, Limits},
-    attest::{self, Attestor, Pods, token::Tokens},
+    attest::{self, Attestor, Capabilities, Pods, token::Tokens},
     clock::Clock,
     config::RateFile,
     hub::{self, Hub},
@@ -43,6 +43,8 @@ use crate::{
 
 /// Anyone may connect: who they are comes from the kernel, what they get from policy.
 const SOCKET_MODE: u32 = 0o666;
+/// Connections that wait to be accepted: as many as the kernel allows (`net.core.somaxconn`).
+const BACKLOG: u32 = u32::MAX;
 /// How often signers are asked whether they could sign.
 const READINESS_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -333,11 +335,14 @@ pub(crate) async fn listen(path: &Path, mode: u32) -> Result<(UnixListener, File
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(failed(error)),
     }
-    let listener = UnixListener::bind(path).map_err(failed)?;
+    let socket = UnixSocket::new_stream().map_err(failed)?;
+    // Before anybody can connect: a connection has these options from the listener, as it was when the client connected.
+    attest::prepare_listener(&socket, Capabilities::probe()).map_err(failed)?;
+    socket.bind(path).map_err(failed)?;
+    let listener = socket.listen(BACKLOG).map_err(failed)?;
     // A socket cannot be opened, only held on to: O_PATH, open(2). Not by OpenOptions, which drops that flag on musl.
     let file = rustix::fs::open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
         .map_err(|error| failed(error.into()))?;
-    attest::prepare_listener(&listener).map_err(failed)?;
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(failed)?;
     Ok((listener, file.into()))
 }

@@ -1,7 +1,7 @@
 //! Who is calling: from a connected socket to a [`Workload`].
 //!
-//! [`PeerStream`] holds a connection to one process and lets through only bytes that this process wrote; [`Peer`] is
-//! that process. [`Attestor::attest`] reads what the kernel says about it. It is called for every request: a process
+//! [`Accepted`] holds a connection, however it ends; [`PeerStream`] lets through only bytes that one process wrote; [`Peer`]
+//! is that process. [`Attestor::attest`] reads what the kernel says about it. It is called for every request: a process
 //! that has exited or changed its user is refused, and one that has become another program is what it is now, never
 //! what it was.
 //!
@@ -18,28 +18,33 @@ use std::{
     time::Duration,
 };
 
-use tokio::{net::UnixStream, time::Instant};
+use tokio::{
+    net::{UnixListener, UnixStream},
+    time::Instant,
+};
 
 use self::{
     cgroup::View,
+    closer::Closer,
     cluster::Cluster,
     executable::Executables,
     names::Names,
     owners::Owners,
     peer::{Observation, gone_or},
-    proc::ProcHandle,
+    proc::{FileId, ProcHandle},
 };
 pub use self::{
     kernel::Capabilities,
     peer::Peer,
     pods::Pods,
-    stream::{PeerStream, prepare_listener},
+    stream::{Accepted, PeerStream, prepare_listener},
     token::{Token, TokenError, Tokens},
     workload::{Facts, PodFacts, UnixFacts, Workload},
 };
 use crate::{account::Principal, clock::Clock};
 
 mod cgroup;
+mod closer;
 mod cluster;
 mod executable;
 mod kernel;
@@ -74,6 +79,7 @@ pub struct Attestor {
     users: Names,
     groups: Names,
     owners: Owners,
+    closer: Closer,
 }
 
 /// One attestation of a peer.
@@ -83,6 +89,15 @@ struct Attested {
     hashed: bool,
     at: Instant,
     workload: Arc<Workload>,
+}
+
+impl Attested {
+    /// The path that was proven then, if `file` is what the process ran then: an upgrade takes the name of a file that goes
+    /// on running, and a file that never had this name is another one.
+    fn path_of(&self, file: &FileId) -> Option<String> {
+        self.observation.executable.filter(|then| file.is_still(then))?;
+        self.workload.unix()?.executable.clone()
+    }
 }
 
 /// What one reading of a peer says it is.
@@ -107,7 +122,19 @@ impl Attestor {
             users: Names::in_file("/etc/passwd"),
             groups: Names::in_file("/etc/group"),
             owners: Owners::in_files("/etc/subuid", "/etc/passwd"),
+            closer: Closer::default(),
         }
+    }
+
+    /// Takes a connection that was accepted from a prepared listener. Wrap it before anything else, so that no way on
+    /// which it is dropped closes it in the wrong place.
+    pub fn accepted(&self, stream: UnixStream) -> Accepted {
+        Accepted::new(stream, &self.closer)
+    }
+
+    /// Closes a listener, with the connections that nobody has accepted, without waiting for what they may hold.
+    pub fn close_listener(&self, listener: UnixListener) {
+        stream::close_listener(listener, &self.closer);
     }
 
     /// From now on takes a process in a pod for that pod, or for nobody; without this it is a process of this host like
@@ -243,6 +270,7 @@ impl Attestor {
         let (mut path, mut sha256) = (None, None);
         if let Some(file) = seen.executable {
             path = self.executables.path(handle, file, status.uid).await.map_err(gone_or("the executable's path"))?;
+            path = path.or_else(|| peer.attested()?.path_of(&file));
             // Only of a file that lies on our own mounts: what a user mounts may hold one content for us and another for him.
             if hashed && path.is_some() {
                 sha256 = self.executables.sha256(handle, file, status.uid).await.map_err(gone_or("the executable"))?;
@@ -292,7 +320,7 @@ impl Caller {
         }
     }
 
-    /// [`AttestError::SocketPassed`], if that is why the connection failed.
+    /// [`AttestError::SocketPassed`] or [`AttestError::SentDescriptors`], if that is why the connection failed.
     pub fn passed(&self) -> Option<&AttestError> {
         match self {
             Self::Peer(peer) => peer.passed(),
@@ -358,6 +386,11 @@ pub enum AttestError {
         /// Process id of the writer; 0 when it has none here.
         writer: i32,
     },
+    /// A message on the connection carried file descriptors.
+    #[error(
+        "the caller sent file descriptors (SCM_RIGHTS), and the agent takes none; connect again and send bytes only"
+    )]
+    SentDescriptors,
     /// The kernel places the process in two units.
     #[error(
         "the caller is in cgroup {one:?} of one hierarchy and {other:?} of another; which of them counts is not known"
@@ -421,6 +454,7 @@ impl AttestError {
             Self::ForeignPidNamespace => "PEER_FOREIGN_PID_NAMESPACE",
             Self::ForeignUserNamespace => "PEER_FOREIGN_USER_NAMESPACE",
             Self::SocketPassed { .. } => "PEER_SOCKET_PASSED",
+            Self::SentDescriptors => "PEER_SENT_DESCRIPTORS",
             Self::CgroupsDisagree { .. } => "PEER_CGROUPS_DISAGREE",
             Self::PodCgroup { .. } => "POD_CGROUP_UNCLEAR",
             Self::PodUnknown { .. } => "POD_UNKNOWN",
@@ -570,21 +604,26 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_executable_that_was_deleted_or_replaced_has_no_path() {
+    async fn an_executable_that_was_deleted_or_replaced_has_the_path_that_was_proven_on_the_connection_or_none() {
+        async fn path(attestor: &Attestor, peer: &Peer) -> Option<PathBuf> {
+            attestor.attest(peer).await.unwrap().unix().unwrap().executable.clone().map(PathBuf::from)
+        }
         for attestor in attestors() {
-            let process = Changeling::start();
+            let mut process = Changeling::start();
             let peer = Peer::of_process(&process.process, &attestor).unwrap();
-            assert!(attestor.attest(&peer).await.unwrap().unix().unwrap().executable.is_some());
+            assert_eq!(path(&attestor, &peer).await, Some(process.path("a")));
             fs::rename(process.path("a"), process.path("moved")).unwrap();
-            let moved = attestor.attest(&peer).await.unwrap();
-            assert_eq!(moved.unix().unwrap().executable.as_deref(), process.path("moved").to_str());
+            assert_eq!(path(&attestor, &peer).await, Some(process.path("moved")));
             fs::write(process.path("a"), "another").unwrap();
             fs::rename(process.path("a"), process.path("moved")).unwrap();
-            assert_eq!(attestor.attest(&peer).await.unwrap().unix().unwrap().executable, None);
-            let mut process = process;
+            for _ in 0..2 {
+                assert_eq!(path(&attestor, &peer).await, Some(process.path("moved")), "it runs what it ran");
+            }
+            let later = Peer::of_process(&process.process, &attestor).unwrap();
+            assert_eq!(path(&attestor, &later).await, None, "nothing was proven on this connection");
             process.become_copy("b");
             fs::remove_file(process.path("b")).unwrap();
-            assert_eq!(attestor.attest(&peer).await.unwrap().unix().unwrap().executable, None);
+            assert_eq!(path(&attestor, &peer).await, None, "it runs a file that was never seen at a path");
         }
     }
 
@@ -671,6 +710,7 @@ mod tests {
             AttestError::ForeignPidNamespace,
             AttestError::ForeignUserNamespace,
             AttestError::SocketPassed { peer: 7, writer: 8 },
+            AttestError::SentDescriptors,
             AttestError::CgroupsDisagree { one: "/a".to_owned(), other: "/b".to_owned() },
             AttestError::TooManyGroups { count: 1025 },
             AttestError::Unreadable { what: "/proc/PID/status", source },
@@ -684,6 +724,7 @@ mod tests {
         PEER_FOREIGN_PID_NAMESPACE false: the caller is in a pid namespace that this agent cannot see; run the agent in the host's (hostPID: true)
         PEER_FOREIGN_USER_NAMESPACE false: the caller's user or group has no id in this agent's user namespace; run the agent in the host's
         PEER_SOCKET_PASSED false: process 8 wrote to a connection of process 7; each process must connect for itself
+        PEER_SENT_DESCRIPTORS false: the caller sent file descriptors (SCM_RIGHTS), and the agent takes none; connect again and send bytes only
         PEER_CGROUPS_DISAGREE false: the caller is in cgroup "/a" of one hierarchy and "/b" of another; which of them counts is not known
         PEER_TOO_MANY_GROUPS false: the caller is in 1025 groups, at most 1024 are examined
         ATTEST_UNREADABLE true: cannot read /proc/PID/status of the calling process

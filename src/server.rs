@@ -186,7 +186,7 @@ impl Server {
                 },
             }
         }
-        drop(listener);
+        self.attestor.close_listener(listener);
         let all = async { while connections.join_next().await.is_some() {} };
         if timeout(stop::SERVER, all).await.is_err() {
             tracing::debug!("connections that did not close in time were dropped");
@@ -196,35 +196,42 @@ impl Server {
     /// What serves a connection that was accepted; `None` if its principal connects too often. That is asked first: it
     /// takes one system call on a host, and all that comes after it takes a dozen.
     fn accepted(&self, stream: UnixStream) -> Option<impl Future<Output = ()> + use<>> {
-        let principal = self.attestor.principal(&stream);
+        let mut stream = self.attestor.accepted(stream);
+        let principal = self.attestor.principal(stream.get_ref());
         if self.account.check(Pace::Connects, principal, 1).is_err() {
             self.metrics.connection_refused(ConnectionRefused::TooFast);
             return None;
         }
+        let seat = self.seat(principal)?;
+        // Until the socket is closed, which may be later than its connection ends.
+        stream.keep(seat.clone());
         let peer = Peer::of(&stream, &self.attestor).map(Arc::new);
         let server = self.clone();
         Some(async move {
-            let _counted = counted(&server.metrics.connections);
             match peer {
                 Ok(peer) => {
                     let caller = Caller::Peer(peer.clone());
-                    server.connection(PeerStream::new(stream, &peer), principal, Ok(caller)).await;
+                    server.connection(PeerStream::new(stream, &peer), seat, Ok(caller)).await;
                 }
-                Err(error) => server.connection(stream, principal, Err(error)).await,
+                Err(error) => server.connection(stream, seat, Err(error)).await,
             }
         })
+    }
+
+    /// A place for a connection of `principal`; `None` when there is none, which is counted.
+    pub fn seat(&self, principal: Principal) -> Option<Arc<Seat>> {
+        let seat = self.account.seat(principal);
+        seat.map_err(|_| self.metrics.connection_refused(ConnectionRefused::TooMany)).ok()
     }
 
     /// Serves one connection until it closes, its process exits, its place is given to another principal, or the stop.
     ///
     /// A caller that cannot be attested is still served, so that each of its calls is told why.
-    pub async fn connection<IO>(&self, io: IO, principal: Principal, caller: Result<Caller, AttestError>)
+    pub async fn connection<IO>(&self, io: IO, seat: Arc<Seat>, caller: Result<Caller, AttestError>)
     where
         IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let Ok(seat) = self.account.seat(principal) else {
-            return self.metrics.connection_refused(ConnectionRefused::TooMany);
-        };
+        let _counted = counted(&self.metrics.connections);
         let io = WholeFrames::new(io, seat.clone(), self.metrics.clone());
         let connection = Arc::new(Connection { seat: seat.clone(), caller, spoke: Notify::new() });
         let service = service_fn(|request| self.call(request, &connection));

@@ -21,6 +21,7 @@ mod export;
 mod lines;
 mod span;
 mod variables;
+mod writer;
 
 use std::time::Duration;
 
@@ -42,6 +43,7 @@ pub use span::{
     call_span, current, deliver_span, inject, link, record_status, renew_span, rpc_span, traceparent, verdict_span,
 };
 pub use variables::Variables;
+pub use writer::{LOG_BACKLOG_BYTES_MAX, LOG_FLUSH_TIMEOUT, LogFlush, LogWriter};
 
 use export::{Exporter, LateDispatch};
 use lines::{JsonLines, TextFields, TextLines};
@@ -125,6 +127,7 @@ pub enum TelemetryError {
 #[derive(Debug)]
 pub struct Telemetry {
     traces: Option<SdkTracerProvider>,
+    log: Option<LogFlush>,
 }
 
 impl Telemetry {
@@ -151,15 +154,22 @@ impl Telemetry {
             None => Dispatch::new(Registry::default().with(filter).with(lines(log, writer))),
         };
         late.set(dispatch.downgrade()).expect("set once");
-        Ok((dispatch, Self { traces }))
+        Ok((dispatch, Self { traces, log: None }))
     }
 
-    /// Sends the spans that are left, blocking its thread for at most [`SHUTDOWN_TIMEOUT`]; needs no runtime.
+    /// Waits for the log's last lines too, however this is dropped.
+    pub fn flushing(self, log: LogFlush) -> Self {
+        Self { log: Some(log), ..self }
+    }
+
+    /// Sends the spans that are left, blocking its thread for at most [`SHUTDOWN_TIMEOUT`], and then writes the lines that
+    /// are left; needs no runtime.
     pub fn shutdown(self) {
         if let Some(provider) = self.traces {
             // What cannot be sent has been logged by the exporter.
             let _ = provider.shutdown_with_timeout(SHUTDOWN_TIMEOUT);
         }
+        drop(self.log);
     }
 }
 

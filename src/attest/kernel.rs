@@ -19,7 +19,10 @@ use tokio::io::{Interest, ReadBuf, unix::AsyncFd};
 
 /// Inode of the first cgroup namespace: `PROC_CGROUP_INIT_INO` of `linux/proc_ns.h`, fixed on every kernel.
 const INITIAL_CGROUP_NAMESPACE: u64 = 0xEFFF_FFFB;
-/// Room for one `struct ucred`, and for nothing after it; see [`receive`].
+/// `SO_PASSRIGHTS` of `asm-generic/socket.h` (Linux 6.16), which the libc crate does not name. SPARC and PA-RISC number it
+/// otherwise; csrd is built for neither.
+const SO_PASSRIGHTS: libc::c_int = 83;
+/// Room for one `struct ucred`, and for nothing after it; see [`message`].
 // SAFETY: CMSG_SPACE is arithmetic on its argument.
 #[allow(unsafe_code)]
 const CREDENTIALS_SPACE: usize = unsafe { libc::CMSG_SPACE(mem::size_of::<libc::ucred>() as u32) } as usize;
@@ -31,6 +34,8 @@ pub struct Capabilities {
     pub peer_pidfd: bool,
     /// `PIDFD_GET_INFO` (Linux 6.13): ids and cgroup of a process in one call.
     pub pidfd_info: bool,
+    /// `SO_PASSRIGHTS` (Linux 6.16): the kernel lets nobody send descriptors over a connection.
+    pub refuses_descriptors: bool,
     /// Whether cgroup paths are read from the root of the host, without which a path does not say which unit it is.
     pub host_cgroups: bool,
     /// Whether every user id of the host has its own number here, false in a user namespace with a partial map.
@@ -43,6 +48,7 @@ impl Capabilities {
         Self {
             peer_pidfd: has_peer_pidfd(),
             pidfd_info: has_pidfd_info(),
+            refuses_descriptors: can_refuse_descriptors(),
             host_cgroups: in_host_cgroup_namespace(),
             all_users: maps_all_users(),
         }
@@ -53,15 +59,16 @@ impl Capabilities {
 impl Capabilities {
     /// What the oldest supported kernel offers, in the namespaces this process is in.
     pub fn of_linux_5_10() -> Self {
-        Self { peer_pidfd: false, pidfd_info: false, ..Self::probe() }
+        Self { peer_pidfd: false, pidfd_info: false, refuses_descriptors: false, ..Self::probe() }
     }
 }
 
-/// One line for the log at start: `SO_PEERPIDFD yes, PIDFD_GET_INFO no, host cgroups yes, all users yes`.
+/// One line for the log at start: `SO_PEERPIDFD yes, PIDFD_GET_INFO no, SO_PASSRIGHTS no, host cgroups yes, all users yes`.
 impl fmt::Display for Capabilities {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let word = |yes| if yes { "yes" } else { "no" };
         write!(f, "SO_PEERPIDFD {}, PIDFD_GET_INFO {}, ", word(self.peer_pidfd), word(self.pidfd_info))?;
+        write!(f, "SO_PASSRIGHTS {}, ", word(self.refuses_descriptors))?;
         write!(f, "host cgroups {}, all users {}", word(self.host_cgroups), word(self.all_users))
     }
 }
@@ -74,6 +81,11 @@ fn has_peer_pidfd() -> bool {
 fn has_pidfd_info() -> bool {
     rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty())
         .is_ok_and(|pidfd| process_ids(pidfd.as_fd()).is_ok())
+}
+
+fn can_refuse_descriptors() -> bool {
+    rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+        .is_ok_and(|(one, _other)| refuse_descriptors(one.as_fd()).is_ok() && refuses_descriptors(one.as_fd()))
 }
 
 fn in_host_cgroup_namespace() -> bool {
@@ -105,6 +117,36 @@ pub(super) fn peer_pidfd(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     }
     // SAFETY: on success the kernel has just installed this descriptor for us, and nobody else knows of it.
     Ok(unsafe { OwnedFd::from_raw_fd(pidfd) })
+}
+
+/// Makes the kernel refuse descriptors that are sent to the socket, and to sockets accepted from it (`SO_PASSRIGHTS`): the
+/// sender is told `EPERM`.
+#[allow(unsafe_code)]
+pub(super) fn refuse_descriptors(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let pass: libc::c_int = 0;
+    // SAFETY: the kernel reads as many bytes as `pass` has, which lives through the call.
+    let returned = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PASSRIGHTS,
+            (&raw const pass).cast(),
+            mem::size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if returned == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Whether the kernel refuses descriptors that are sent to the socket.
+#[allow(unsafe_code)]
+pub(super) fn refuses_descriptors(socket: BorrowedFd<'_>) -> bool {
+    let mut pass: libc::c_int = 1;
+    let mut length = mem::size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes, the size of `pass`, and both live through the call.
+    let returned = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_PASSRIGHTS, (&raw mut pass).cast(), &raw mut length)
+    };
+    returned == 0 && pass == 0
 }
 
 /// Registers a pidfd with the runtime, to be told of the process's exit.
@@ -148,19 +190,57 @@ pub(super) struct Sender {
     pub(super) uid: u32,
 }
 
-/// Receives into `buffer` and says how many bytes, and whom the kernel names as their writer.
+/// One call's worth of what a socket holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Received {
+    /// Zero at the end of the stream.
+    pub(super) bytes: usize,
+    /// Whom the kernel names as the writer of these bytes.
+    pub(super) sender: Option<Sender>,
+    /// Whether descriptors came, or would come, along.
+    pub(super) descriptors: bool,
+}
+
+/// Receives into `buffer`, if no descriptors come along.
 ///
-/// The socket needs `SO_PASSCRED`; the kernel then never joins bytes of two writers in one call. There is room for the
-/// credentials only, which the kernel puts first, so that descriptors a client sends along are closed by the kernel
-/// and never become ours (`scm_detach_fds`).
+/// A descriptor may be the last one of something whose closing takes as long as its sender likes (a TCP socket that
+/// lingers), and the kernel closes on the thread that receives a message without taking its descriptors. So, unless it
+/// `refuses_descriptors`, each message is peeked at first, which gives up nothing; one with descriptors stays where it is,
+/// for the closing of the socket.
+///
+/// The socket needs `SO_PASSCRED`; the kernel then never joins bytes of two writers in one call.
 #[allow(unsafe_code)]
-pub(super) fn receive(socket: BorrowedFd<'_>, buffer: &mut ReadBuf<'_>) -> io::Result<(usize, Option<Sender>)> {
+pub(super) fn receive(
+    socket: BorrowedFd<'_>,
+    buffer: &mut ReadBuf<'_>,
+    refuses_descriptors: bool,
+) -> io::Result<Received> {
+    // SAFETY: the kernel initializes what it says it has received, and nothing is ever de-initialized here.
+    let unfilled = unsafe { buffer.unfilled_mut() };
+    let mut most = unfilled.len();
+    if !refuses_descriptors {
+        let seen = message(socket, unfilled, libc::MSG_PEEK)?;
+        if seen.descriptors || seen.bytes == 0 {
+            return Ok(seen);
+        }
+        // Nobody else reads from this socket, so these bytes are still the first ones.
+        most = seen.bytes;
+    }
+    let received = message(socket, &mut unfilled[..most], 0)?;
+    // SAFETY: the kernel has written the first `received.bytes` bytes of the unfilled part.
+    unsafe { buffer.assume_init(received.bytes) };
+    buffer.advance(received.bytes);
+    Ok(received)
+}
+
+/// `recvmsg(2)` with room for the credentials only, which the kernel puts first: descriptors never become ours, and the
+/// kernel says that it had some (`MSG_CTRUNC`; `scm_detach_fds`).
+#[allow(unsafe_code)]
+fn message(socket: BorrowedFd<'_>, bytes: &mut [MaybeUninit<u8>], flags: libc::c_int) -> io::Result<Received> {
     #[repr(C, align(8))]
     struct Control(MaybeUninit<[u8; CREDENTIALS_SPACE]>);
     let mut control = Control(MaybeUninit::uninit());
-    // SAFETY: the kernel initializes what it says it has received, and nothing is ever de-initialized here.
-    let unfilled = unsafe { buffer.unfilled_mut() };
-    let mut bytes = libc::iovec { iov_base: unfilled.as_mut_ptr().cast(), iov_len: unfilled.len() };
+    let mut bytes = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
     // SAFETY: `msghdr` is integers and pointers, for which zero is a value.
     let mut message: libc::msghdr = unsafe { mem::zeroed() };
     message.msg_iov = &raw mut bytes;
@@ -168,7 +248,7 @@ pub(super) fn receive(socket: BorrowedFd<'_>, buffer: &mut ReadBuf<'_>) -> io::R
     message.msg_control = (&raw mut control).cast();
     message.msg_controllen = CREDENTIALS_SPACE as _;
     // SAFETY: both buffers are described with their own lengths and live through the call.
-    let returned = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_CMSG_CLOEXEC) };
+    let returned = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags | libc::MSG_CMSG_CLOEXEC) };
     let received = usize::try_from(returned).map_err(|_| io::Error::last_os_error())?;
     // SAFETY: `message` is as the kernel left it: CMSG_FIRSTHDR is null or points into `control`, the header says how
     // many bytes of it are set, and they are copied out unaligned only when a whole `ucred` is there.
@@ -181,10 +261,11 @@ pub(super) fn receive(socket: BorrowedFd<'_>, buffer: &mut ReadBuf<'_>) -> io::R
             && (*header).cmsg_len as usize >= whole)
             .then(|| libc::CMSG_DATA(header).cast::<libc::ucred>().read_unaligned())
     };
-    // SAFETY: the kernel has written the first `received` bytes of the unfilled part.
-    unsafe { buffer.assume_init(received) };
-    buffer.advance(received);
-    Ok((received, sender.map(|sender| Sender { pid: sender.pid, uid: sender.uid })))
+    Ok(Received {
+        bytes: received,
+        sender: sender.map(|sender| Sender { pid: sender.pid, uid: sender.uid }),
+        descriptors: message.msg_flags & libc::MSG_CTRUNC != 0,
+    })
 }
 
 #[cfg(test)]
@@ -193,8 +274,14 @@ mod tests {
 
     #[test]
     fn capabilities_are_said_in_one_line() {
-        let capabilities = Capabilities { peer_pidfd: true, pidfd_info: false, host_cgroups: true, all_users: false };
-        insta::assert_snapshot!(capabilities, @"SO_PEERPIDFD yes, PIDFD_GET_INFO no, host cgroups yes, all users no");
+        let capabilities = Capabilities {
+            peer_pidfd: true,
+            pidfd_info: false,
+            refuses_descriptors: true,
+            host_cgroups: true,
+            all_users: false,
+        };
+        insta::assert_snapshot!(capabilities, @"SO_PEERPIDFD yes, PIDFD_GET_INFO no, SO_PASSRIGHTS yes, host cgroups yes, all users no");
     }
 
     #[test]

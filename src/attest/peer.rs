@@ -18,10 +18,10 @@ use rustix::{
     process::{Pid, PidfdFlags, pidfd_open},
     time::ClockId,
 };
-use tokio::{io::unix::AsyncFd, net::UnixStream};
+use tokio::io::unix::AsyncFd;
 
 use super::{
-    AttestError, Attested, Attestor,
+    Accepted, AttestError, Attested, Attestor,
     kernel::{self, Capabilities, Sender},
     proc::{FileId, ProcHandle},
 };
@@ -56,13 +56,14 @@ pub(super) struct Observation {
 }
 
 impl Peer {
-    /// Takes hold of the process that connected `stream`, and makes the kernel name the writer of all that is read from
+    /// Takes hold of the process that made a connection, and makes the kernel name the writer of all that is read from
     /// it. Call it as soon as the connection is accepted, on a tokio runtime.
     ///
     /// # Errors
     /// The process has exited, or cannot be seen from here: see [`AttestError`].
-    pub fn of(stream: &UnixStream, attestor: &Attestor) -> Result<Self, AttestError> {
+    pub fn of(accepted: &Accepted, attestor: &Attestor) -> Result<Self, AttestError> {
         let (capabilities, now) = (attestor.capabilities(), boot_ticks());
+        let stream = accepted.get_ref();
         // Inherited from a prepared listener; without one, what was written before now has no writer and is refused.
         sockopt::set_socket_passcred(stream, true).map_err(|error| unreadable("SO_PASSCRED")(error.into()))?;
         let connected = stream.peer_cred().map_err(unreadable("SO_PEERCRED"))?;
@@ -150,7 +151,7 @@ impl Peer {
         self.passed.get_or_init(|| error);
     }
 
-    /// What another process did with the connection, if it wrote to it.
+    /// Why the connection was broken off, if it was.
     pub(super) fn passed(&self) -> Option<&AttestError> {
         self.passed.get()
     }

@@ -18,7 +18,7 @@ const TEXT_BYTES_MAX: u64 = 1 << 20;
 #[derive(Debug)]
 pub(super) struct ProcHandle(OwnedFd);
 
-/// A file, told from all others; `changed` tells it from an earlier file with the same inode number.
+/// A file, told from all others, as it was at one time: `changed` also tells when it gained or lost a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct FileId {
     pub(super) device: (u32, u32),
@@ -26,6 +26,8 @@ pub(super) struct FileId {
     pub(super) size: u64,
     pub(super) modified: (i64, u32),
     pub(super) changed: (i64, u32),
+    /// When its inode was made, where the file system tells: a later file may have the same inode number.
+    pub(super) born: Option<(i64, u32)>,
 }
 
 /// What is used of `/proc/PID/status`.
@@ -107,14 +109,25 @@ impl FileId {
         Self::at(file, c"", AtFlags::EMPTY_PATH)
     }
 
+    /// Whether this is the file that `earlier` was, whatever has become of its name. Its contents are the same if a process
+    /// has run it from then to now, because such a file cannot be written to.
+    pub(super) fn is_still(&self, earlier: &Self) -> bool {
+        let born_together = self.born.is_none() || earlier.born.is_none() || self.born == earlier.born;
+        let others = |file: &Self| (file.device, file.inode, file.size, file.modified);
+        born_together && others(self) == others(earlier)
+    }
+
     fn at(folder: impl AsFd, name: &std::ffi::CStr, flags: AtFlags) -> io::Result<Self> {
-        let stat = rustix::fs::statx(folder, name, flags | AtFlags::STATX_DONT_SYNC, StatxFlags::BASIC_STATS)?;
+        let wanted = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
+        let stat = rustix::fs::statx(folder, name, flags | AtFlags::STATX_DONT_SYNC, wanted)?;
+        let tells_birth = stat.stx_mask & StatxFlags::BTIME.bits() != 0;
         Ok(Self {
             device: (stat.stx_dev_major, stat.stx_dev_minor),
             inode: stat.stx_ino,
             size: stat.stx_size,
             modified: (stat.stx_mtime.tv_sec, stat.stx_mtime.tv_nsec),
             changed: (stat.stx_ctime.tv_sec, stat.stx_ctime.tv_nsec),
+            born: tells_birth.then_some((stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec)),
         })
     }
 }
@@ -185,6 +198,29 @@ mod tests {
         assert_eq!(handle.owner().unwrap(), (status.uid, status.gid));
         assert_eq!(handle.executable().unwrap(), FileId::of(handle.open_executable().unwrap()).unwrap());
         assert!(handle.start_ticks().unwrap() > 0);
+    }
+
+    #[test]
+    fn a_file_is_the_same_whatever_becomes_of_its_name_and_no_later_one_with_its_number_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        std::fs::write(&path, "text").unwrap();
+        let file = File::open(&path).unwrap();
+        let before = FileId::of(&file).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let after = FileId::of(&file).unwrap();
+        assert!(after.is_still(&before));
+        let later = |born| FileId { born, ..before };
+        assert!(!later(Some((1, 0))).is_still(&later(Some((2, 0)))));
+        assert!(later(None).is_still(&later(Some((2, 0)))), "where the file system does not tell");
+        for other in [
+            FileId { device: (u32::MAX, 0), ..before },
+            FileId { inode: before.inode + 1, ..before },
+            FileId { size: before.size + 1, ..before },
+            FileId { modified: (0, 0), ..before },
+        ] {
+            assert!(!other.is_still(&before), "{other:?}");
+        }
     }
 
     #[test]

@@ -43,7 +43,8 @@ pub struct UnixFacts {
     pub user: Option<String>,
     /// Group name of `gid` in the host's group database, when there is one.
     pub group: Option<String>,
-    /// Path of the executable as the kernel prints it; `None` when it has been deleted or is not UTF-8.
+    /// Path of the executable as the kernel prints it; `None` when it is not UTF-8, or had been deleted before the process
+    /// connected.
     pub executable: Option<String>,
     /// SHA-256 of the executable, lower-case hexadecimal; only when a loaded policy asks for it.
     pub executable_sha256: Option<String>,
@@ -107,8 +108,11 @@ impl Workload {
         }
     }
 
-    /// Whether this is `before`, changed in ways that leave it the same: a process that has only lost facts, because its
-    /// program's file has been upgraded under it or its user has lost its name; or the same pod with other labels.
+    /// Whether this is `before`, changed in ways that leave it the same: a process that has only lost facts, for example
+    /// because its user has lost its name; or the same pod with other labels.
+    ///
+    /// A process whose program has been upgraded under it keeps the path that was proven; one without that path runs
+    /// another file.
     pub fn is_still(&self, before: &Self) -> bool {
         match (&self.facts, &before.facts) {
             (Facts::Process(now), Facts::Process(before)) => now.has_only_lost_facts_of(before),
@@ -129,7 +133,7 @@ impl UnixFacts {
             && now.supplementary_gids == before.supplementary_gids
             && kept_or_lost(&now.user, &before.user)
             && kept_or_lost(&now.group, &before.group)
-            && kept_or_lost(&now.executable, &before.executable)
+            && now.executable == before.executable
             && kept_or_lost(&now.executable_sha256, &before.executable_sha256)
             && kept_or_lost(&now.systemd_unit, &before.systemd_unit)
             && kept_or_lost(&now.cgroup, &before.cgroup)

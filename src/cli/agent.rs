@@ -8,19 +8,23 @@ use std::{
     path::PathBuf,
     process::ExitCode,
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::Context as _;
+use sd_notify::NotifyState;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::watch,
+    task::spawn_blocking,
+    time::sleep,
 };
 use tokio_util::sync::CancellationToken;
 
 use super::{Exit, UsageError};
 use crate::{
     account::{Limits, memory_limit},
-    agent::{self, Parts},
+    agent::{self, Background, Parts},
     clock::Clock,
     config::{Config, Mode, Overrides, otel_variables},
     metrics::Metrics,
@@ -31,8 +35,11 @@ use crate::{
         embedded::{self, Embedded},
     },
     socket::SocketPath,
-    telemetry::{Log, Telemetry},
+    telemetry::{Log, LogWriter, Telemetry},
 };
+
+/// How often systemd's watchdog is fed in the time after which it bites.
+const FED_PER_WATCHDOG: u32 = 2;
 
 /// Serve the socket: attest callers, decide by policy, issue, renew, push.
 #[derive(Debug, clap::Args)]
@@ -82,7 +89,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
         let Some(parts) = parts(config, descriptors, stop.clone()).await? else { return anyhow::Ok(()) };
         let bound = agent::build(parts).await?;
         tracing::info!(socket = %bound.socket.display(), admin = bound.admin.map(tracing::field::display), "ready");
-        sd_notify::notify(&[sd_notify::NotifyState::Ready]).context("telling systemd that the agent is ready")?;
+        notify(NotifyState::Ready).await.context("telling systemd that the agent is ready")?;
         Ok(bound.run().await?)
     };
     tokio::select! {
@@ -98,6 +105,10 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
 /// What a configured agent is made of; `None` if it was stopped while it asked.
 async fn parts(config: Config, descriptors: usize, stop: CancellationToken) -> anyhow::Result<Option<Parts>> {
     let (clock, metrics) = (Clock::system(), Metrics::new());
+    let mut background: Vec<Background> = Vec::new();
+    if let Some(bites_after) = sd_notify::watchdog_enabled().filter(|time| !time.is_zero()) {
+        background.push(("watchdog", Box::pin(feed_watchdog(bites_after / FED_PER_WATCHDOG, stop.clone()))));
+    }
     let mut parts = Parts {
         socket: config.socket.as_path().to_owned(),
         admin: config.admin,
@@ -110,7 +121,7 @@ async fn parts(config: Config, descriptors: usize, stop: CancellationToken) -> a
         seed: rand::random(),
         metrics: metrics.clone(),
         readiness: Readiness::new(),
-        background: Vec::new(),
+        background,
         clock: clock.clone(),
         stop: stop.clone(),
     };
@@ -128,7 +139,7 @@ async fn parts(config: Config, descriptors: usize, stop: CancellationToken) -> a
             parts.policies = joined.policies;
             parts.signers = joined.signers;
             parts.cluster = Some(joined.cluster);
-            parts.background = joined.background;
+            parts.background.extend(joined.background);
         }
     }
     Ok(Some(parts))
@@ -143,12 +154,31 @@ fn limits(descriptors: usize) -> Limits {
     limits
 }
 
+/// Tells systemd that the loop which serves goes round (`WatchdogSec=`, systemd.service(5)): this must be a task of it.
+async fn feed_watchdog(every: Duration, stop: CancellationToken) {
+    let feed = async {
+        loop {
+            if let Err(error) = notify(NotifyState::Watchdog).await {
+                tracing::warn!(%error, "cannot tell systemd that the agent still serves");
+            }
+            sleep(every).await;
+        }
+    };
+    stop.run_until_cancelled(feed).await;
+}
+
+/// Tells systemd something, from a thread that may wait: any user can fill the socket that systemd reads.
+async fn notify(state: NotifyState<'static>) -> io::Result<()> {
+    spawn_blocking(move || sd_notify::notify(&[state])).await?
+}
+
 /// Logs to stderr, and traces if an `OTEL_*` variable names a collector.
 pub(super) fn start_telemetry(log: Log) -> anyhow::Result<Telemetry> {
     let log = Log { ansi: io::stderr().is_terminal(), ..log };
-    let (dispatch, telemetry) = Telemetry::new(&log, &otel_variables(), io::stderr).map_err(UsageError::of)?;
+    let (writer, flush) = LogWriter::start(io::stderr()).context("cannot start the thread that writes the log")?;
+    let (dispatch, telemetry) = Telemetry::new(&log, &otel_variables(), writer).map_err(UsageError::of)?;
     tracing::dispatcher::set_global_default(dispatch)?;
-    Ok(telemetry)
+    Ok(telemetry.flushing(flush))
 }
 
 /// SIGTERM and SIGINT, caught from its making on.

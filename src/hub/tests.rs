@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::{
     account::Limits,
-    attest::{PodFacts, pods::Scope},
+    attest::{PodFacts, UnixFacts, pods::Scope},
     policy::{EMBEDDED, Source},
     signer::{SignError, Signing, SigningRequest, embedded, kubernetes},
     x509::{DnsName, KeyAlgorithm, Names, PrivateKey, Usages},
@@ -367,16 +367,19 @@ async fn a_refusal_of_what_policy_has_replaced_meanwhile_is_not_the_callers() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_credential_is_for_its_owner_even_if_an_upgrade_took_its_programs_path() {
+async fn a_credential_is_for_its_owner_even_if_its_user_has_lost_its_name() {
     let bench = Bench::new();
-    let subscription = bench.subscribe(1, "a.example.org").await.unwrap();
-    let mut upgraded = Workload::of_uid(1).unix().unwrap().clone();
-    upgraded.executable = None;
-    assert!(subscription.is_for(&Workload::of_uid(1)));
-    assert!(subscription.is_for(&Workload::for_test(upgraded)), "no policy looks at the executable");
-    let mut other = Workload::of_uid(1).unix().unwrap().clone();
-    other.executable = Some("/usr/bin/other".to_owned());
-    assert!(!subscription.is_for(&Workload::for_test(other)), "another program");
+    let with = |user: Option<&str>, executable: Option<&str>| {
+        let (user, executable) = (user.map(str::to_owned), executable.map(str::to_owned));
+        Workload::for_test(UnixFacts { user, executable, ..Workload::of_uid(1).unix().unwrap().clone() })
+    };
+    let (name, path) = (Some("web"), Some("/usr/bin/test"));
+    let owner = Arc::new(with(name, path));
+    let subscription = bench.hub.subscribe(owner.clone(), ask("a.example.org"), None).await.unwrap();
+    assert!(subscription.is_for(&owner));
+    assert!(subscription.is_for(&with(None, path)), "no policy looks at the name");
+    assert!(!subscription.is_for(&with(name, None)), "a program without a path is another program");
+    assert!(!subscription.is_for(&with(name, Some("/usr/bin/other"))), "another program");
     assert!(!subscription.is_for(&Workload::of_uid(2)), "another user, though policy grants it the same");
 }
 

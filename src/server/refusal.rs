@@ -14,7 +14,7 @@
 //! | `CERTIFICATE_UNKNOWN` | NOT_FOUND | subscribe with a request; ids do not outlive the agent |
 //! | `SIGNER_UNKNOWN` | FAILED_PRECONDITION | name a signer that the agent has; if it was a policy, correct the policy |
 //! | `NO_POLICY_MATCHES`, `POLICY_DENIED`, `NAME_NOT_ALLOWED`, `USAGE_NOT_ALLOWED`, `KEY_NOT_ALLOWED`, `LIFETIME_NOT_ALLOWED`, `SIGNER_NOT_ALLOWED`, `RULE_NOT_MET`, `NOTHING_OFFERED` | PERMISSION_DENIED | ask for what `csrd whoami` lists, or change the policy |
-//! | `PEER_EXITED`, `PEER_PID_REUSED`, `PEER_IDS_CHANGED`, `PEER_SOCKET_PASSED` | PERMISSION_DENIED | connect again, from the process that calls; a socket cannot be passed on |
+//! | `PEER_EXITED`, `PEER_PID_REUSED`, `PEER_IDS_CHANGED`, `PEER_SOCKET_PASSED`, `PEER_SENT_DESCRIPTORS` | PERMISSION_DENIED | connect again, from the process that calls; a socket cannot be passed on, and no descriptors over it |
 //! | `PEER_FOREIGN_PID_NAMESPACE`, `PEER_FOREIGN_USER_NAMESPACE`, `PEER_CGROUPS_DISAGREE` | PERMISSION_DENIED | run agent and caller where one kernel view tells of both |
 //! | `PEER_TOO_MANY_GROUPS` | PERMISSION_DENIED | run the caller in fewer groups |
 //! | `POD_CGROUP_UNCLEAR`, `POD_CONTRADICTED` | PERMISSION_DENIED | call from a container that the kubelet started |

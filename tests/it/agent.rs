@@ -65,7 +65,7 @@ impl Agent {
         self
     }
 
-    fn serve(&self) -> Command {
+    pub(crate) fn serve(&self) -> Command {
         let program = env!("CARGO_BIN_EXE_csrd");
         let mut command = match &self.script {
             None => Command::new(program),

@@ -4,8 +4,9 @@ use std::{
     fs,
     io::{self, BufRead, BufReader, IoSlice, IoSliceMut, Read, Write},
     mem::MaybeUninit,
+    net::{TcpListener, TcpStream},
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::{
             net::{UnixListener as StdListener, UnixStream as StdStream},
             process::CommandExt,
@@ -20,13 +21,14 @@ use std::{
 use base64::Engine as _;
 use csrd::{
     account::Principal,
-    attest::{AttestError, Attestor, Caller, Capabilities, MAX_GROUPS, Peer, PeerStream, prepare_listener},
+    attest::{Accepted, AttestError, Attestor, Caller, Capabilities, MAX_GROUPS, Peer, PeerStream, prepare_listener},
     metrics::Metrics,
     proto::envoy::service::discovery::v3::DiscoveryRequest,
 };
 use prost::Message as _;
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
+    io::Errno,
     net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags},
 };
 use tokio::{
@@ -44,6 +46,8 @@ use crate::hostile_h2::Host;
 
 /// A user that owns nothing here, and is not the one that stands for the unknown.
 const STRANGER: u32 = 54321;
+/// How long the closing of what "send-lingering" sends takes.
+const LINGER: Duration = Duration::from_secs(20);
 /// How long is waited for what never comes if the thing under test is broken.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -82,7 +86,7 @@ async fn a_caller_that_exits_is_noticed_and_refused() {
     for mut scene in scenes() {
         let (_stream, peer) = scene.connect().await;
         scene.actor.tell(&format!("connect {}", scene.path.display()));
-        let (late, _) = scene.listener.accept().await.unwrap();
+        let late = scene.accept().await;
         let caller = Caller::Peer(peer);
         assert!(caller.attest(&scene.attestor).await.is_ok());
         scene.actor.process.kill().unwrap();
@@ -113,25 +117,54 @@ async fn a_caller_that_execs_is_another_workload_on_the_same_connection() {
 
 #[tokio::test]
 async fn a_caller_that_execs_gets_nothing_more_on_the_stream_it_opened() {
-    let subscribe = follow(lasting(10, ask("a.example.org"))).encode_to_vec();
-    nothing_more_after_exec("/csrd.v1.CertificateService/Subscribe", subscribe).await;
-    nothing_more_after_exec("/SpiffeWorkloadAPI/FetchX509SVID", Vec::new()).await;
+    nothing_more_after_exec("exec", SUBSCRIBE, subscribe(10)).await;
+    nothing_more_after_exec("exec", "/SpiffeWorkloadAPI/FetchX509SVID", Vec::new()).await;
     let default = DiscoveryRequest { resource_names: vec!["default".into()], ..Default::default() };
     let secrets = "/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets";
-    nothing_more_after_exec(secrets, default.encode_to_vec()).await;
+    nothing_more_after_exec("exec", secrets, default.encode_to_vec()).await;
 }
 
-async fn nothing_more_after_exec(path: &str, message: Vec<u8>) {
-    let agent = Agent::start(&policy().replace("default: 1h", "default: 10s")).await;
-    let mut actor = Actor::start();
+#[tokio::test]
+async fn a_caller_that_execs_a_file_without_a_path_gets_nothing_more_on_the_stream_it_opened() {
+    nothing_more_after_exec("exec-memfd", SUBSCRIBE, subscribe(10)).await;
+    nothing_more_after_exec("exec-deleted", SUBSCRIBE, subscribe(10)).await;
+}
+
+#[tokio::test]
+async fn a_caller_whose_program_is_replaced_on_disk_is_still_that_program() {
+    let build = std::env::current_exe().unwrap().canonicalize().unwrap();
+    // A link on the same file system, instead of a copy of so large a file.
+    let folder = tempfile::tempdir_in(build.parent().unwrap()).unwrap();
+    let program = folder.path().join("program");
+    fs::hard_link(&build, &program).unwrap();
+    let executables = format!("executables: ['{}'], uids:", program.display());
+    let agent = Agent::start(&policy().replace("uids:", &executables)).await;
+    let mut actor = Actor::start_as(&program);
+    let mut client = call(&agent, &mut actor, SUBSCRIBE, subscribe(4)).await;
+    for pushed in 0..3 {
+        // Data, and not the end: no program but this one may have a certificate.
+        while client.frame().await.expect("the stream goes on").kind != DATA {}
+        if pushed == 0 {
+            fs::write(folder.path().join("new"), "of the next version").unwrap();
+            fs::rename(folder.path().join("new"), &program).unwrap();
+        }
+    }
+}
+
+const SUBSCRIBE: &str = "/csrd.v1.CertificateService/Subscribe";
+
+fn subscribe(seconds: i64) -> Vec<u8> {
+    follow(lasting(seconds, ask("a.example.org"))).encode_to_vec()
+}
+
+/// Lets the actor make a call; what comes of it can only be read here, since bytes that we wrote would be refused.
+async fn call(agent: &Agent, actor: &mut Actor, path: &str, message: Vec<u8>) -> RawClient<UnixStream> {
     let meeting = agent.path("meeting");
     let listener = StdListener::bind(&meeting).unwrap();
     actor.tell(&format!("connect {}", agent.socket().display()));
     actor.tell(&format!("pass {}", meeting.display()));
-    // Only to read what comes: bytes that we wrote would be refused.
     let stream = receive(&listener.accept().unwrap().0);
     stream.set_nonblocking(true).unwrap();
-    let mut client = RawClient::new(UnixStream::from_std(stream).unwrap());
 
     let block = [
         indexed(3),
@@ -146,7 +179,13 @@ async fn nothing_more_after_exec(path: &str, message: Vec<u8>) {
     let body = frame(DATA, END_STREAM, 1, &[prefix, message].concat());
     let call = [hello(), frame(HEADERS, END_HEADERS, 1, &block.concat()), body].concat();
     actor.tell(&format!("write-bytes {}", call.iter().map(u8::to_string).collect::<Vec<_>>().join(" ")));
+    RawClient::new(UnixStream::from_std(stream).unwrap())
+}
 
+async fn nothing_more_after_exec(exec: &str, path: &str, message: Vec<u8>) {
+    let agent = Agent::start(&policy().replace("default: 1h", "default: 10s")).await;
+    let mut actor = Actor::start();
+    let mut client = call(&agent, &mut actor, path, message).await;
     let mut blocks = fluke_hpack::Decoder::new();
     let mut pushed = 0;
     let trailers = loop {
@@ -154,7 +193,7 @@ async fn nothing_more_after_exec(path: &str, message: Vec<u8>) {
         match frame.kind {
             DATA => {
                 if pushed == 0 {
-                    actor.exec("cat");
+                    actor.say(&format!("{exec} cat"));
                     actor.echo();
                 }
                 pushed += 1;
@@ -258,7 +297,8 @@ async fn a_passed_socket_ends_its_connection_and_is_counted() {
         let metrics = Metrics::new();
         let host = Host::with_metrics(metrics.clone());
         scene.actor.tell("inherit foreign");
-        host.server.connection(stream, Principal::user(peer.uid()), Ok(Caller::Peer(peer))).await;
+        let seat = host.server.seat(Principal::user(peer.uid())).unwrap();
+        host.server.connection(stream, seat, Ok(Caller::Peer(peer))).await;
         let counted = "csrd_attest_total{result=\"refused\",reason=\"PEER_SOCKET_PASSED\"} 1";
         assert!(metrics.encode().contains(counted), "{}", metrics.encode());
     }
@@ -273,7 +313,7 @@ async fn bytes_are_named_from_the_first_one_on_if_the_listener_was_prepared() {
             (scene.listener, scene.path) = (UnixListener::bind(&path).unwrap(), path);
         }
         scene.actor.tell(&format!("connect {}", scene.path.display()));
-        let (stream, _) = scene.listener.accept().await.unwrap();
+        let stream = scene.accept().await;
         scene.actor.tell("write early");
         let peer = Arc::new(Peer::of(&stream, &scene.attestor).unwrap());
         let early = read(&mut PeerStream::new(stream, &peer)).await;
@@ -285,12 +325,24 @@ async fn bytes_are_named_from_the_first_one_on_if_the_listener_was_prepared() {
 }
 
 #[tokio::test]
-async fn descriptors_that_a_client_sends_are_closed() {
-    let mut scene = Scene::new(Attestor::new());
-    let (mut stream, _peer) = scene.connect().await;
-    scene.actor.tell("send-pipes");
-    assert_eq!(read(&mut stream).await.unwrap(), "x");
-    assert_eq!(scene.actor.tell("await-pipes"), "closed");
+async fn descriptors_that_a_client_sends_are_refused_by_the_kernel_or_end_its_connection() {
+    for mut scene in scenes() {
+        let (mut stream, peer) = scene.connect().await;
+        scene.actor.tell("write before");
+        let sent = scene.actor.tell("send-pipes");
+        if scene.attestor.capabilities().refuses_descriptors {
+            assert_eq!(sent, "EPERM");
+            assert_eq!(read(&mut stream).await.unwrap(), "before");
+            continue;
+        }
+        assert_eq!(sent, "sent");
+        let error = read(&mut stream).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+        let caller = Caller::Peer(peer);
+        assert_eq!(caller.passed().map(AttestError::reason), Some("PEER_SENT_DESCRIPTORS"));
+        drop(stream);
+        assert_eq!(scene.actor.tell("await-pipes"), "closed");
+    }
 }
 
 #[tokio::test]
@@ -378,41 +430,54 @@ impl Scene {
         let path = folder.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
         open_to_all(&path);
-        prepare_listener(&listener).unwrap();
+        prepare_listener(&listener, attestor.capabilities()).unwrap();
         Self { attestor, listener, path, actor: Actor::start(), folder }
+    }
+
+    async fn accept(&self) -> Accepted {
+        self.attestor.accepted(self.listener.accept().await.unwrap().0)
     }
 
     async fn connect(&mut self) -> (PeerStream, Arc<Peer>) {
         self.actor.tell(&format!("connect {}", self.path.display()));
-        let (stream, _) = self.listener.accept().await.unwrap();
+        let stream = self.accept().await;
         let peer = Arc::new(Peer::of(&stream, &self.attestor).unwrap());
         (PeerStream::new(stream, &peer), peer)
     }
 }
 
 /// A process that does what it is told; see [`act`].
-struct Actor {
+pub(crate) struct Actor {
     process: Child,
     input: ChildStdin,
     output: BufReader<ChildStdout>,
 }
 
 impl Actor {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         Self::run(&mut Command::new("env"))
+    }
+
+    /// Whose program is at `path`.
+    fn start_as(path: &Path) -> Self {
+        Self::run_as(&mut Command::new("env"), path)
     }
 
     /// Run by `command`, which takes another command as its arguments.
     fn run(command: &mut Command) -> Self {
+        Self::run_as(command, &std::env::current_exe().unwrap())
+    }
+
+    fn run_as(command: &mut Command, program: &Path) -> Self {
         let arguments = ["--exact", "attest::actor", "--ignored", "--nocapture"];
-        let command = command.arg(std::env::current_exe().unwrap()).args(arguments);
+        let command = command.arg(program).args(arguments);
         let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let (input, output) = (process.stdin.take().unwrap(), BufReader::new(process.stdout.take().unwrap()));
         Self { process, input, output }
     }
 
     /// The answer to `order`, when it has been carried out.
-    fn tell(&mut self, order: &str) -> String {
+    pub(crate) fn tell(&mut self, order: &str) -> String {
         self.say(order);
         self.answer()
     }
@@ -480,6 +545,7 @@ struct Props {
     listener: Option<StdListener>,
     server: Option<(UnixListener, Attestor)>,
     pipes: Vec<OwnedFd>,
+    readers: Vec<TcpStream>,
 }
 
 async fn act(props: &mut Props, order: &str) -> String {
@@ -515,19 +581,46 @@ async fn act(props: &mut Props, order: &str) -> String {
         "send-pipes" => {
             let (readers, writers): (Vec<_>, Vec<_>) = (0..8).map(|_| rustix::pipe::pipe().unwrap()).unzip();
             let sent: Vec<_> = writers.iter().map(AsFd::as_fd).collect();
-            send(stream(props), &sent);
+            let sent = try_send(stream(props), &sent, SendFlags::empty());
             props.pipes = readers;
+            return said(sent);
         }
+        "send-lingering" => {
+            let flags = if words[1] == "urgent" { SendFlags::OOB } else { SendFlags::empty() };
+            let sent = (0..number(words[0])).try_for_each(|_| send_lingering(props, flags));
+            return said(sent);
+        }
+        "read-end" => return stream(props).read_to_end(&mut Vec::new()).map_or("reset", |_| "end").to_owned(),
+        "await-linger" => return await_linger(&props.pipes).to_owned(),
         "await-pipes" => return if props.pipes.iter().all(is_closed) { "closed" } else { "open" }.to_owned(),
         "open-to-all" => open_to_all(Path::new(rest)),
         "exec" => {
             rustix::io::fcntl_setfd(stream(props), rustix::io::FdFlags::empty()).unwrap();
             panic!("{}", Command::new(words[0]).args(&words[1..]).exec());
         }
+        "exec-memfd" | "exec-deleted" => {
+            rustix::io::fcntl_setfd(stream(props), rustix::io::FdFlags::empty()).unwrap();
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("program");
+            let program = output(Command::new("sh").args(["-c", "readlink -f $(command -v \"$1\")", "sh", rest]));
+            // Written by a process of its own: this one may not have it open for writing when it runs it.
+            assert!(Command::new("cp").arg(program).arg(&path).status().unwrap().success());
+            let file = if order == "exec-memfd" {
+                let memory = rustix::fs::memfd_create("program", rustix::fs::MemfdFlags::empty()).unwrap();
+                fs::File::from(memory.try_clone().unwrap()).write_all(&fs::read(&path).unwrap()).unwrap();
+                memory
+            } else {
+                fs::File::open(&path).unwrap().into()
+            };
+            drop(folder);
+            let at = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+            panic!("{}", Command::new(at).arg0(rest).exec());
+        }
         "serve" => props.server = Some((UnixListener::bind(rest).unwrap(), Attestor::new())),
         "attest" => {
             let (listener, attestor) = props.server.as_ref().unwrap();
             let (stream, _) = listener.accept().await.unwrap();
+            let stream = attestor.accepted(stream);
             let attested = async { attestor.attest(&Peer::of(&stream, attestor)?).await };
             return match attested.await {
                 Ok(workload) => format!("uid {}", workload.unix().unwrap().uid),
@@ -558,11 +651,55 @@ fn stream(props: &Props) -> &StdStream {
 }
 
 /// Sends descriptors with one byte.
-fn send(stream: &StdStream, descriptors: &[std::os::fd::BorrowedFd<'_>]) {
+fn send(stream: &StdStream, descriptors: &[BorrowedFd<'_>]) {
+    try_send(stream, descriptors, SendFlags::empty()).unwrap();
+}
+
+fn try_send(stream: &StdStream, descriptors: &[BorrowedFd<'_>], flags: SendFlags) -> Result<(), Errno> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)));
-    rustix::net::sendmsg(stream, &[IoSlice::new(b"x")], &mut control, SendFlags::empty()).unwrap();
+    rustix::net::sendmsg(stream, &[IoSlice::new(b"x")], &mut control, flags).map(drop)
+}
+
+fn said(sent: Result<(), Errno>) -> String {
+    sent.map_or_else(
+        |error| if error == Errno::PERM { "EPERM".to_owned() } else { error.to_string() },
+        |()| "sent".to_owned(),
+    )
+}
+
+/// Sends the last descriptor of a TCP socket that lingers, between those of two pipes: whoever closes all three closes one
+/// pipe before it, and the other one [`LINGER`] later.
+fn send_lingering(props: &mut Props, flags: SendFlags) -> Result<(), Errno> {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut writer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    props.readers.push(listener.accept().unwrap().0);
+    writer.set_nonblocking(true).unwrap();
+    // More than fits on the way to a reader that does not read, bounded for a kernel that would take it all.
+    let full = (0..1024).any(|_| writer.write(&[0; 64 << 10]).is_err());
+    assert!(full, "the connection takes everything");
+    rustix::net::sockopt::set_socket_linger(&writer, Some(LINGER)).unwrap();
+    let (first, first_writer) = rustix::pipe::pipe().unwrap();
+    let (last, last_writer) = rustix::pipe::pipe().unwrap();
+    props.pipes.extend([first, last]);
+    let sent = try_send(stream(props), &[first_writer.as_fd(), writer.as_fd(), last_writer.as_fd()], flags);
+    if sent.is_err() {
+        // This is the last one, which is about to be closed here.
+        rustix::net::sockopt::set_socket_linger(&writer, None).unwrap();
+    }
+    sent
+}
+
+/// Waits until one of the pipes is closed; says whether all are.
+fn await_linger(readers: &[OwnedFd]) -> &'static str {
+    let patience = Timespec { tv_sec: PATIENCE.as_secs() as i64, tv_nsec: 0 };
+    let mut polled: Vec<_> = readers.iter().map(|reader| PollFd::new(reader, PollFlags::IN)).collect();
+    match rustix::event::poll(&mut polled, Some(&patience)).unwrap() {
+        0 => "nothing is closed",
+        closed if closed == readers.len() => "over",
+        _ => "lingers",
+    }
 }
 
 /// Receives one descriptor, of a stream.

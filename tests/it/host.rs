@@ -142,7 +142,8 @@ impl Host {
     pub(crate) fn pipe(&mut self, bytes: usize) -> DuplexStream {
         let (client, io) = tokio::io::duplex(bytes);
         let (server, caller) = (self.server.clone(), Caller::Fixed(Arc::new(Workload::of_uid(UID))));
-        self.connections.spawn(async move { server.connection(io, Principal::user(UID), Ok(caller)).await });
+        let seat = server.seat(Principal::user(UID)).expect("there is room");
+        self.connections.spawn(async move { server.connection(io, seat, Ok(caller)).await });
         client
     }
 

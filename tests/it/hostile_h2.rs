@@ -6,7 +6,7 @@ use std::{num::NonZeroU32, sync::Arc, time::Duration, time::SystemTime};
 
 use csrd::{
     account::{Account, CALL_BYTES, CONNECTION_BYTES, Limits, Pace, Principal},
-    attest::{Attestor, Caller, Workload, prepare_listener},
+    attest::{Attestor, Caller, Capabilities, Workload, prepare_listener},
     clock::Clock,
     hub::{self, Hub},
     metrics::Metrics,
@@ -67,7 +67,7 @@ impl Host {
         Self::with(Limits::default(), metrics)
     }
 
-    fn with(limits: Limits, metrics: Metrics) -> Self {
+    pub(crate) fn with(limits: Limits, metrics: Metrics) -> Self {
         let account = Account::new(limits, 0, &metrics);
         let clock = Clock::paused(SystemTime::UNIX_EPOCH + Duration::from_secs(1 << 31));
         let rate = Rate { per_second: NonZeroU32::MIN, burst: NonZeroU32::MIN };
@@ -106,7 +106,8 @@ impl Host {
     fn pipe(&mut self, uid: u32, bytes: usize) -> DuplexStream {
         let (client, io) = tokio::io::duplex(bytes);
         let (server, caller) = (self.server.clone(), Caller::Fixed(Arc::new(Workload::of_uid(uid))));
-        self.connections.spawn(async move { server.connection(io, Principal::user(uid), Ok(caller)).await });
+        let seat = server.seat(Principal::user(uid)).expect("there is room");
+        self.connections.spawn(async move { server.connection(io, seat, Ok(caller)).await });
         client
     }
 
@@ -581,7 +582,7 @@ async fn one_connection_past_a_users_bound_is_closed_until_another_has_ended() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("s");
     let listener = UnixListener::bind(&path).unwrap();
-    prepare_listener(&listener).unwrap();
+    prepare_listener(&listener, Capabilities::probe()).unwrap();
     let server = host.server.clone();
     host.connections.spawn(server.serve(listener));
     let call = async || {

@@ -14,6 +14,7 @@ mod controller;
 mod disk;
 mod fake_agent;
 mod forged_lines;
+mod freeze;
 mod health;
 mod help;
 mod host;

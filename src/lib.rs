@@ -76,7 +76,7 @@
 //! | `server` | `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `issue`, `hub`, `metrics`, `telemetry` |
 //! | `controller` | `attest::pods`, `attest::workload`, `policy`, `policy::watch`, `x509`, `signer`, `kubernetes`, `clock`, `backoff`, `rate`, `metrics`, `telemetry` |
 //! | `client` | `proto`, `socket`, `backoff`, `telemetry` |
-//! | `config` | `controller`, `policy`, `signer`, `files`, `socket`, `telemetry`, `kubernetes`, `trust` |
+//! | `config` | `controller`, `policy`, `signer`, `files`, `socket`, `telemetry`, `kubernetes`, `trust`, `x509` |
 //! | `agent` | everything |
 //! | `cli` | everything |
 //! | `main` | everything |

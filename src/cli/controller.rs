@@ -55,6 +55,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
 /// Starts every part.
 async fn start(config: config::controller::Controller, stop: CancellationToken) -> anyhow::Result<Tasks> {
     let client = kubernetes::connect(config.kubeconfig.as_deref()).await.map_err(UsageError::of)?;
+    let api_hosts = kubernetes::api_hosts(config.kubeconfig.as_deref()).await.map_err(UsageError::of)?;
     let (clock, metrics, readiness) = (Clock::system(), Metrics::new(), Readiness::new());
     let pods = Pods::new(Scope::Cluster, clock.clone());
     let policies = ClusterPolicies::new(client.clone(), metrics.clone());
@@ -77,6 +78,7 @@ async fn start(config: config::controller::Controller, stop: CancellationToken) 
         ca: config.ca,
         approves: config.approve,
         kubelet_serving: config.kubelet_serving,
+        api_hosts: api_hosts.into_iter().chain(config::service_host()).collect(),
         agent: (config.namespace.clone(), config.agent),
         namespace: config.namespace,
         bundle_namespaces: config.bundle_namespaces,

@@ -161,10 +161,11 @@ impl<'a> Deployment<'a> {
         timeout(NEVER, said).await.expect("the policy's status")
     }
 
-    /// Lets the controller approve for a signer of others, and follow nodes.
+    /// Lets the controller approve for a signer of others, and follow nodes and the ranges of Services.
     pub(crate) async fn let_approve(&self, signer: &str) {
         let rules = json!([{"apiGroups": ["certificates.k8s.io"], "resources": ["signers"], "resourceNames": [signer], "verbs": ["approve"]},
-            {"apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "list", "watch"]}]);
+            {"apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "list", "watch"]},
+            {"apiGroups": ["networking.k8s.io"], "resources": ["servicecidrs"], "verbs": ["list", "watch"]}]);
         self.allow("csrd-controller", rules).await;
     }
 
@@ -354,7 +355,7 @@ fn controller_rules(signer: &str) -> Value {
     json!([
         {"apiGroups": [certificates], "resources": ["certificatesigningrequests"], "verbs": ["get", "list", "watch"]},
         {"apiGroups": [certificates], "resources": ["certificatesigningrequests/approval"], "verbs": ["patch"]},
-        {"apiGroups": [certificates], "resources": ["certificatesigningrequests/status"], "verbs": ["patch", "update"]},
+        {"apiGroups": [certificates], "resources": ["certificatesigningrequests/status"], "verbs": ["patch"]},
         {"apiGroups": [certificates], "resources": ["signers"], "resourceNames": [signer], "verbs": ["approve", "sign", "attest"]},
         {"apiGroups": [certificates], "resources": ["clustertrustbundles"], "verbs": ["list", "watch", "create", "patch"]},
         {"apiGroups": ["csrd.dev"], "resources": ["certificatepolicies"], "verbs": ["list", "watch"]},

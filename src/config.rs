@@ -221,7 +221,7 @@ pub enum ConfigError {
     },
     /// A list that allows nothing.
     #[error("{0}: name at least one, or leave it out")]
-    Empty(&'static str),
+    NothingListed(&'static str),
     /// Not the end of a DNS name.
     #[error("kubeletServing.dnsSuffixes: {0:?} is no DNS name such as nodes.example.org")]
     DnsSuffix(String),

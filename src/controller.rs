@@ -31,8 +31,8 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use self::{
-    answer::Answers, denials::Denials, kubelet::Addresses, leader::Election, publication::Publication, statuses::Statuses,
-    verdict::Rules,
+    answer::Answers, denials::Denials, kubelet::Addresses, leader::Election, publication::Publication,
+    statuses::Statuses, verdict::Rules,
 };
 pub use self::{
     answer::{MAX_MESSAGE_BYTES, SECOND_LOOK},

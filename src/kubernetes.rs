@@ -29,12 +29,12 @@ use kube::{
 use tokio::time::Instant;
 use tower::{BoxError, ServiceBuilder};
 
-pub use self::excerpt::{
-    BEYOND, MAX_LABELS, MAX_NAMESPACE_BYTES, MAX_NODE_BYTES, MAX_POD_BYTES, MAX_REQUEST_BYTES, MAX_SELECTOR_LABELS, MAX_SERVICE_BYTES,
-    MAX_SLICE_BYTES, MAX_TRUST_BUNDLE_BYTES, SAID_EVERY, is_beyond, page, report,
-};
 #[cfg(test)]
 pub(crate) use self::excerpt::excerpt;
+pub use self::excerpt::{
+    BEYOND, MAX_LABELS, MAX_NAMESPACE_BYTES, MAX_NODE_BYTES, MAX_POD_BYTES, MAX_REQUEST_BYTES, MAX_SELECTOR_LABELS,
+    MAX_SERVICE_BYTES, MAX_SLICE_BYTES, MAX_TRUST_BUNDLE_BYTES, SAID_EVERY, is_beyond, page, report,
+};
 use crate::backoff::Backoff;
 
 /// The signer that the controller signs for, and that a policy in a cluster means when it names none.
@@ -377,7 +377,11 @@ mod tests {
         for (server, name, hosts) in [
             ("https://10.96.0.1:6443", "", vec!["10.96.0.1"]),
             ("https://[fd00::1]:6443/prefix", "", vec!["fd00::1"]),
-            ("https://api.example.org", "tls-server-name: inner.example.org", vec!["api.example.org", "inner.example.org"]),
+            (
+                "https://api.example.org",
+                "tls-server-name: inner.example.org",
+                vec!["api.example.org", "inner.example.org"],
+            ),
         ] {
             let file = tempfile::NamedTempFile::new().unwrap();
             let text = format!(

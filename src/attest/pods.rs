@@ -33,16 +33,16 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+pub use self::services::{MAX_MEMBERS, MAX_POD_SERVICES, MAX_SERVICES};
 use self::state::{Found, State};
 #[cfg(any(test, feature = "testing"))]
 use super::PodFacts;
+use super::{AttestError, Workload, cgroup::InPod, shares::Shares};
 #[cfg(any(test, feature = "testing"))]
 use crate::kubernetes::watch::Change;
-use super::{AttestError, Workload, cgroup::InPod, shares::Shares};
-pub use self::services::{MAX_MEMBERS, MAX_POD_SERVICES, MAX_SERVICES};
 use crate::{
     clock::Clock,
-    kubernetes::{watch::follow, Lag, MAX_NAMESPACE_BYTES, MAX_POD_BYTES, MAX_SERVICE_BYTES, MAX_SLICE_BYTES, page},
+    kubernetes::{Lag, MAX_NAMESPACE_BYTES, MAX_POD_BYTES, MAX_SERVICE_BYTES, MAX_SLICE_BYTES, page, watch::follow},
 };
 
 /// How long a call of a pod that is not known yet waits to become known.

@@ -187,13 +187,16 @@ impl Controller {
 fn kubelet_serving(file: KubeletServingFile) -> Result<Option<KubeletServing>, ConfigError> {
     let KubeletServingFile::On(KubeletListsFile { addresses, dns_suffixes }) = file else { return Ok(None) };
     if addresses.as_ref().is_some_and(Vec::is_empty) {
-        return Err(ConfigError::Empty("kubeletServing.addresses"));
+        return Err(ConfigError::NothingListed("kubeletServing.addresses"));
     }
     if dns_suffixes.as_ref().is_some_and(Vec::is_empty) {
-        return Err(ConfigError::Empty("kubeletServing.dnsSuffixes"));
+        return Err(ConfigError::NothingListed("kubeletServing.dnsSuffixes"));
     }
     for suffix in dns_suffixes.iter().flatten() {
-        DnsName::parse(suffix).ok().filter(|name| !name.is_wildcard()).ok_or_else(|| ConfigError::DnsSuffix(suffix.clone()))?;
+        DnsName::parse(suffix)
+            .ok()
+            .filter(|name| !name.is_wildcard())
+            .ok_or_else(|| ConfigError::DnsSuffix(suffix.clone()))?;
     }
     Ok(Some(KubeletServing { addresses, dns_suffixes }))
 }

@@ -18,8 +18,8 @@ use k8s_openapi::api::{
 };
 
 use self::addresses::Known;
-pub use self::addresses::{KubeletServing, MAX_NAMED_SERVICES};
 pub(super) use self::addresses::{Addresses, follow_all};
+pub use self::addresses::{KubeletServing, MAX_NAMED_SERVICES};
 use super::verdict::pkcs10;
 use crate::x509::{Csr, CsrError, DnsName, Names, Usage, Usages};
 
@@ -93,7 +93,8 @@ impl Kubelet {
     /// All must be such as the operator lists.
     fn check_listed(&self, names: &Names, known: &Known) -> Result<(), Refusal> {
         let ip = names.ips.iter().find(|ip| !known.lists_address(**ip)).map(ToString::to_string);
-        let dns = || names.dns.iter().find(|name| !known.lists_name(name.as_str(), &self.node)).map(ToString::to_string);
+        let dns =
+            || names.dns.iter().find(|name| !known.lists_name(name.as_str(), &self.node)).map(ToString::to_string);
         match ip.or_else(dns) {
             Some(name) => Err(Refusal::NotListed { name }),
             None => Ok(()),
@@ -147,7 +148,9 @@ impl Refusal {
             Self::Usages => "USAGE_NOT_ALLOWED",
             Self::Subject { .. } => "SUBJECT_NOT_REQUESTER",
             Self::NoName => "NO_NAME",
-            Self::Reserved { .. } | Self::Name { .. } | Self::Shared { .. } | Self::NotListed { .. } => "NAME_NOT_ALLOWED",
+            Self::Reserved { .. } | Self::Name { .. } | Self::Shared { .. } | Self::NotListed { .. } => {
+                "NAME_NOT_ALLOWED"
+            }
             Self::NodeGone { .. } => "NODE_GONE",
             Self::Pkcs10(error) => error.reason(),
         }

@@ -33,7 +33,10 @@ use tokio::{
 };
 
 use crate::{
-    kubernetes::{ANSWER_WITHIN, MAX_NAMESPACE_BYTES, MAX_TRUST_BUNDLE_BYTES, TRUST_BUNDLE, TRUST_BUNDLE_KEY, WatchBackoff, label, page},
+    kubernetes::{
+        ANSWER_WITHIN, MAX_NAMESPACE_BYTES, MAX_TRUST_BUNDLE_BYTES, TRUST_BUNDLE, TRUST_BUNDLE_KEY, WatchBackoff,
+        label, page,
+    },
     x509::Bundle,
 };
 

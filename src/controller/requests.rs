@@ -27,7 +27,10 @@ use super::{
     queue::{Outcome, Queue},
     verdict::{Request, screen},
 };
-use crate::{kubernetes::{MAX_REQUEST_BYTES, WatchBackoff, page}, rate::Rate};
+use crate::{
+    kubernetes::{MAX_REQUEST_BYTES, WatchBackoff, page},
+    rate::Rate,
+};
 
 /// Requests answered at a time.
 pub const MAX_UNDER_WAY: usize = 32;

@@ -1,14 +1,16 @@
 //! What is read of an object that others write: an excerpt, cut out of the API server's answer as its bytes arrive.
 //!
 //! Invariant: of a list, a watch or a single object no more is held than one excerpt and what is under way on the
-//! connection, however large the objects are: etcd takes 1.5 MiB, which JSON makes up to 9. [`KINDS`] says what any part of
+//! connection, however large the objects are: etcd takes 1.5 MiB, which JSON makes up to 9. `kinds` says what any part of
 //! csrd looks at, and how much of it there may be. An object with more of it is replaced by its name and UID with the
 //! annotation [`BEYOND`], so that a watch goes on and the reader knows; see [`is_beyond`]. The answer stays the JSON that it
 //! was, less what nobody reads. Not here: kinds that only an operator writes, and answers that are errors.
 
+mod kinds;
+mod report;
+
 use std::{
     pin::Pin,
-    sync::Mutex,
     task::{Context, Poll, ready},
 };
 
@@ -16,38 +18,21 @@ use bytes::Bytes;
 use http::{Request, Response};
 use http_body::{Body, Frame as HttpFrame};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use tokio::time::{Duration, Instant};
 use tower::Service;
 
-/// Labels of a pod or of a namespace; as many as a rule of a policy can look at.
-pub const MAX_LABELS: usize = 128;
-/// Labels in a Service's selector.
-pub const MAX_SELECTOR_LABELS: usize = 16;
-/// Bytes of what is read of a pod, as JSON: names, labels, addresses, ids of containers.
-pub const MAX_POD_BYTES: usize = 32 * 1024;
-/// Bytes of what is read of a namespace, as JSON: its name and labels.
-pub const MAX_NAMESPACE_BYTES: usize = 32 * 1024;
-/// Bytes of what is read of a Service, as JSON: its name, selector and addresses.
-pub const MAX_SERVICE_BYTES: usize = 2 * 1024;
-/// Bytes of what is read of an EndpointSlice, as JSON: 1000 endpoints, which the API server takes at most, with the UID of
-/// a pod each.
-pub const MAX_SLICE_BYTES: usize = 128 * 1024;
-/// Bytes of what is read of a Node, as JSON: its name and addresses.
-pub const MAX_NODE_BYTES: usize = 32 * 1024;
-/// Bytes of what is read of a CertificateSigningRequest, as JSON: what is asked, by whom, for whom, and the answer.
-pub const MAX_REQUEST_BYTES: usize = 256 * 1024;
-/// Bytes of what is read of the ConfigMap with the roots, in each namespace, as JSON.
-pub const MAX_TRUST_BUNDLE_BYTES: usize = 64 * 1024;
-/// Bytes of the excerpts in one page of a list; it is held twice while it is read.
-const PAGE_BYTES: usize = 4 * 1024 * 1024;
-/// Objects in one page, as client-go has them.
-const MAX_PAGE: usize = 500;
+use self::kinds::{
+    KINDS,
+    Keep::{self, All, Map, Only},
+    Kind,
+};
+pub use self::kinds::{
+    MAX_LABELS, MAX_NAMESPACE_BYTES, MAX_NODE_BYTES, MAX_POD_BYTES, MAX_REQUEST_BYTES, MAX_SELECTOR_LABELS,
+    MAX_SERVICE_BYTES, MAX_SLICE_BYTES, MAX_TRUST_BUNDLE_BYTES, page,
+};
+pub use self::report::{SAID_EVERY, report};
 
 /// The annotation of an object that is beyond its bound. Who writes it by hand makes the object count as that.
 pub const BEYOND: &str = "csrd.dev/beyond-bound";
-
-/// Of one sort of objects beyond a bound, one is logged within this time, with the number of the others.
-pub const SAID_EVERY: Duration = Duration::from_secs(60);
 
 /// Containers within each other that are followed; the API has fewer.
 const MAX_DEPTH: usize = 32;
@@ -58,173 +43,9 @@ const IDENTITY: [&str; 4] = ["name", "namespace", "uid", "resourceVersion"];
 /// Of every object; `code`, `reason` and `message` are of a `Status`, which ends a watch.
 const EVERYWHERE: [&str; 5] = ["kind", "apiVersion", "code", "reason", "message"];
 
-/// What is read of a value.
-#[derive(Debug)]
-enum Keep {
-    All,
-    /// All of a map with at most so many entries.
-    Map(usize),
-    /// These fields, of an object or of each object of an array.
-    Only(&'static [(&'static str, Keep)]),
-}
-
-use Keep::{All, Map, Only};
-
-#[derive(Debug)]
-struct Kind {
-    resource: &'static str,
-    /// Whether it is read in a namespace, or of all; `None` means both.
-    namespaced: Option<bool>,
-    keep: Keep,
-    max: usize,
-}
-
-const CONTAINERS: Keep = Only(&[("containerID", All)]);
-
-static KINDS: &[Kind] = &[
-    Kind {
-        resource: "pods",
-        namespaced: None,
-        keep: Only(&[
-            (
-                "metadata",
-                Only(&[
-                    ("labels", Map(MAX_LABELS)),
-                    ("annotations", Only(&[("kubernetes.io/config.mirror", All), (BEYOND, All)])),
-                    ("deletionTimestamp", All),
-                ]),
-            ),
-            ("spec", Only(&[("nodeName", All), ("hostNetwork", All), ("serviceAccountName", All)])),
-            (
-                "status",
-                Only(&[
-                    ("phase", All),
-                    ("podIPs", All),
-                    ("containerStatuses", CONTAINERS),
-                    ("initContainerStatuses", CONTAINERS),
-                    ("ephemeralContainerStatuses", CONTAINERS),
-                ]),
-            ),
-        ]),
-        max: MAX_POD_BYTES,
-    },
-    Kind {
-        resource: "namespaces",
-        namespaced: Some(false),
-        keep: Only(&[("metadata", Only(&[("labels", Map(MAX_LABELS))]))]),
-        max: MAX_NAMESPACE_BYTES,
-    },
-    Kind {
-        resource: "services",
-        namespaced: None,
-        keep: Only(&[("spec", Only(&[("selector", Map(MAX_SELECTOR_LABELS)), ("type", All), ("clusterIPs", All)]))]),
-        max: MAX_SERVICE_BYTES,
-    },
-    Kind {
-        resource: "endpointslices",
-        namespaced: Some(false),
-        keep: Only(&[
-            ("metadata", Only(&[("labels", Only(&[("kubernetes.io/service-name", All)]))])),
-            ("endpoints", Only(&[("targetRef", Only(&[("kind", All), ("uid", All)]))])),
-        ]),
-        max: MAX_SLICE_BYTES,
-    },
-    Kind {
-        resource: "endpointslices",
-        namespaced: Some(true),
-        keep: Only(&[("endpoints", Only(&[("addresses", All)]))]),
-        max: MAX_SLICE_BYTES,
-    },
-    Kind { resource: "nodes", namespaced: None, keep: Only(&[("status", Only(&[("addresses", All)]))]), max: MAX_NODE_BYTES },
-    Kind {
-        resource: "certificatesigningrequests",
-        namespaced: None,
-        keep: Only(&[
-            (
-                "metadata",
-                Only(&[
-                    ("creationTimestamp", All),
-                    ("labels", Only(&[(super::label::MANAGED_BY, All), (super::label::NODE, All)])),
-                    (
-                        "annotations",
-                        Only(&[
-                            (super::annotation::POD_NAMESPACE, All),
-                            (super::annotation::POD_NAME, All),
-                            (super::annotation::POD_UID, All),
-                            (super::annotation::SERVICE_ACCOUNT, All),
-                            (super::annotation::NODE, All),
-                            (super::annotation::TRACEPARENT, All),
-                            (BEYOND, All),
-                        ]),
-                    ),
-                ]),
-            ),
-            (
-                "spec",
-                Only(&[
-                    ("request", All),
-                    ("signerName", All),
-                    ("expirationSeconds", All),
-                    ("usages", All),
-                    ("username", All),
-                    ("groups", All),
-                    (
-                        "extra",
-                        Only(&[
-                            (super::extra::NODE_NAME, All),
-                            (super::extra::POD_NAME, All),
-                            (super::extra::POD_UID, All),
-                        ]),
-                    ),
-                ]),
-            ),
-            ("status", Only(&[("conditions", All), ("certificate", All)])),
-        ]),
-        max: MAX_REQUEST_BYTES,
-    },
-    // Of one namespace it is the operator's.
-    Kind {
-        resource: "configmaps",
-        namespaced: Some(false),
-        keep: Only(&[("data", Only(&[(super::TRUST_BUNDLE_KEY, All)]))]),
-        max: MAX_TRUST_BUNDLE_BYTES,
-    },
-];
-
-/// Objects to ask for at a time when an excerpt of each has at most this many bytes.
-pub const fn page(max_bytes: usize) -> u32 {
-    let objects = PAGE_BYTES / max_bytes;
-    #[allow(clippy::cast_possible_truncation, reason = "MAX_PAGE at most")]
-    if objects < MAX_PAGE { objects as u32 } else { MAX_PAGE as u32 }
-}
-
 /// Whether this is all that is known of its object, because there is more of it than is read.
 pub fn is_beyond(metadata: &ObjectMeta) -> bool {
     metadata.annotations.as_ref().is_some_and(|annotations| annotations.contains_key(BEYOND))
-}
-
-/// Logs that an object counts as nothing, for the bound that it is beyond; not more often than [`SAID_EVERY`] for one sort
-/// of objects.
-pub fn report(sort: &'static str, namespace: &str, name: &str, bound: &str) {
-    static SAID: Mutex<Vec<(&'static str, Instant, u64)>> = Mutex::new(Vec::new());
-    let mut said = SAID.lock().expect("no code panics while it holds this");
-    let now = Instant::now();
-    let others = match said.iter_mut().find(|(before, ..)| *before == sort) {
-        Some((_, at, others)) if now - *at < SAID_EVERY => {
-            *others += 1;
-            return;
-        }
-        Some((_, at, others)) => {
-            *at = now;
-            std::mem::take(others)
-        }
-        None => {
-            said.push((sort, now, 0));
-            0
-        }
-    };
-    drop(said);
-    tracing::warn!(sort, ?namespace, ?name, others, "beyond a bound, and counts as nothing: {bound}");
 }
 
 /// Where the objects are in an answer.
@@ -410,7 +231,7 @@ impl Excerpt {
                 self.escaped = byte == b'\\' && !escaped;
                 match self.key.len() < self.kind.max {
                     true => self.key.push(byte),
-                    false => self.goes_beyond(format!("{} bytes are read", self.kind.max)),
+                    false => self.goes_beyond(format!("at most {} bytes of it are read", self.kind.max)),
                 }
             }
         }
@@ -497,7 +318,9 @@ impl Excerpt {
     fn close(&mut self, byte: u8) {
         let Some(frame) = self.stack.pop() else { return };
         self.keep(byte);
-        if frame.is_object && let Some(Object { beyond: Some(bound), identity, .. }) = self.object.take() {
+        if frame.is_object
+            && let Some(Object { beyond: Some(bound), identity, .. }) = self.object.take()
+        {
             self.stand_in(&identity, &bound);
         }
     }
@@ -557,13 +380,6 @@ impl Excerpt {
         self.kept.extend_from_slice(format!("\"annotations\":{{\"{BEYOND}\":\"{bound}\"}}}}}}").as_bytes());
         let [name, namespace, ..] = identity.each_ref().map(|value| String::from_utf8_lossy(value));
         report(self.kind.resource, &namespace, &name, bound);
-    }
-}
-
-impl Kind {
-    /// What its map is called.
-    fn map(&self) -> &'static str {
-        if self.resource == "services" { "selector's labels" } else { "labels" }
     }
 }
 

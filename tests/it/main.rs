@@ -13,6 +13,7 @@ mod commands;
 mod controller;
 mod disk;
 mod fake_agent;
+mod giants;
 mod help;
 mod host;
 mod hostile_h2;

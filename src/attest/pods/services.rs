@@ -218,7 +218,8 @@ impl<T: Weigh> Index<T> {
     fn put(&mut self, Named { namespace, name, what }: Named<T>) -> bool {
         self.remove(&namespace, &name);
         let weight = what.weight();
-        let share = self.by_namespace.entry(namespace.clone()).or_insert_with(|| Share { objects: BTreeMap::new(), weight: 0 });
+        let share =
+            self.by_namespace.entry(namespace.clone()).or_insert_with(|| Share { objects: BTreeMap::new(), weight: 0 });
         share.objects.insert(name, what);
         share.weight += weight;
         self.weight += weight;
@@ -232,9 +233,8 @@ impl<T: Weigh> Index<T> {
     /// The namespace that has the most goes without its last; returns which that is.
     fn give_up_one(&mut self) -> Option<String> {
         let largest = self.by_namespace.iter().max_by_key(|(name, share)| (share.weight, *name));
-        let (namespace, last) = largest.and_then(|(namespace, share)| {
-            Some((namespace.clone(), share.objects.last_key_value()?.0.clone()))
-        })?;
+        let (namespace, last) = largest
+            .and_then(|(namespace, share)| Some((namespace.clone(), share.objects.last_key_value()?.0.clone())))?;
         self.remove(&namespace, &last);
         self.left_out = true;
         let bound = format!("no more than {} are followed, and its namespace has the most", T::MAX);
@@ -277,7 +277,11 @@ mod tests {
 
     fn slice(namespace: &str, name: &str, pods: usize) -> Named<Members> {
         let pods = (0..pods).map(|n| format!("u{n}")).collect();
-        Named { namespace: namespace.to_owned(), name: name.to_owned(), what: Members { service: "s".to_owned(), pods } }
+        Named {
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            what: Members { service: "s".to_owned(), pods },
+        }
     }
 
     fn pod(namespace: &str) -> PodFacts {
@@ -309,7 +313,11 @@ mod tests {
         assert!(matches!(services.services(Change::Put(service("new", "s".to_owned()))), Touched::All), "one past it");
         assert_eq!(counts(&services, &["few", "many", "new"]), [10, MAX_SERVICES - 11, 1]);
         services.services(Change::Put(service("many", "zzz".to_owned())));
-        assert_eq!(counts(&services, &["few", "many", "new"]), [10, MAX_SERVICES - 11, 1], "it gets none of the others'");
+        assert_eq!(
+            counts(&services, &["few", "many", "new"]),
+            [10, MAX_SERVICES - 11, 1],
+            "it gets none of the others'"
+        );
         assert!(!services.wants_list(), "there is no room");
         for n in 10..10 + MAX_SERVICES / 10 {
             services.services(Change::Gone(service("many", format!("s{n:05}"))));
@@ -322,7 +330,11 @@ mod tests {
     #[test]
     fn slices_count_with_the_pods_that_they_name() {
         let mut services = Services::default();
-        services.slices(Change::All(vec![slice("a", "s", 1), slice("b", "s1", 1000), slice("b", "s2", MAX_MEMBERS - 1004)]));
+        services.slices(Change::All(vec![
+            slice("a", "s", 1),
+            slice("b", "s1", 1000),
+            slice("b", "s2", MAX_MEMBERS - 1004),
+        ]));
         let all = |services: &Services| ["a", "b"].map(|namespace| services.slices.of(namespace).count());
         assert_eq!(all(&services), [1, 2], "1 for each slice and each pod");
         services.slices(Change::Put(slice("a", "t", 0)));
@@ -343,7 +355,8 @@ mod tests {
     fn a_pod_that_a_slice_names_is_one_that_there_can_be() {
         let named = |uid: String| {
             let target = json!({"kind": "Pod", "uid": uid});
-            let slice = json!({"metadata": {}, "addressType": "IPv4", "endpoints": [{"addresses": [], "targetRef": target}]});
+            let slice =
+                json!({"metadata": {}, "addressType": "IPv4", "endpoints": [{"addresses": [], "targetRef": target}]});
             read_slice(serde_json::from_value(slice).unwrap()).what.pods.len()
         };
         assert_eq!([named("u".repeat(MAX_UID_BYTES)), named("u".repeat(MAX_UID_BYTES + 1))], [1, 0]);

@@ -427,7 +427,10 @@ mod tests {
         assert!(state.by_uid("u1", NOW).is_none(), "its namespace is not known");
         state.namespaces(Change::Silent("namespaces is forbidden".to_owned()));
         assert_eq!(state.ready().unwrap_err(), "namespaces cannot be listed: namespaces is forbidden");
-        assert!(state.namespaces(Change::All(vec![("shop".to_owned(), Some(BTreeMap::new()))])), "those who wait are told");
+        assert!(
+            state.namespaces(Change::All(vec![("shop".to_owned(), Some(BTreeMap::new()))])),
+            "those who wait are told"
+        );
         assert!(state.by_uid("u1", NOW).is_some() && state.synced());
         state.pods(Change::Silent("connection refused".to_owned()));
         assert!(state.by_uid("u1", NOW).is_some() && state.synced(), "what is known stays");
@@ -520,7 +523,10 @@ mod tests {
         state.pods(Change::Put(pod("u1", many(MAX_LABELS + 1).into(), json!({}))));
         state.pods(Change::Gone(pod("u1", json!({}), json!({}))));
         assert!(!state.is_beyond("u1"));
-        state.pods(Change::All(vec![pod("u2", many(MAX_LABELS + 1).into(), json!({})), pod("u3", json!({}), json!({}))]));
+        state.pods(Change::All(vec![
+            pod("u2", many(MAX_LABELS + 1).into(), json!({})),
+            pod("u3", json!({}), json!({})),
+        ]));
         assert!(state.is_beyond("u2") && state.by_uid("u3", NOW).is_some(), "its neighbour is not touched");
         state.pods(Change::All(vec![pod("u3", json!({}), json!({}))]));
         assert!(!state.is_beyond("u2"));

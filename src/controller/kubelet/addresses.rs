@@ -195,7 +195,8 @@ impl Known {
 
     /// Whether the operator lets the Node `node` have that name.
     pub(super) fn lists_name(&self, name: &str, node: &str) -> bool {
-        let within = |suffix: &String| name.strip_suffix(suffix.as_str()).is_some_and(|it| it.is_empty() || it.ends_with('.'));
+        let within =
+            |suffix: &String| name.strip_suffix(suffix.as_str()).is_some_and(|it| it.is_empty() || it.ends_with('.'));
         name == node || self.serving.dns_suffixes.as_ref().is_none_or(|suffixes| suffixes.iter().any(within))
     }
 
@@ -416,13 +417,25 @@ mod tests {
         known.services.apply(Change::Put(service(1)));
         known.api_hosts = vec!["api.example.org".to_owned()];
         for name in [
-            "kubernetes", "Kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local",
-            "web.shop.svc.example.org", "svc", "localhost", "a.localhost", "10-0-0-1.shop.pod.cluster.local", "web.shop",
-            "api.example.org", "API.example.org.",
+            "kubernetes",
+            "Kubernetes",
+            "kubernetes.default",
+            "kubernetes.default.svc",
+            "kubernetes.default.svc.cluster.local",
+            "web.shop.svc.example.org",
+            "svc",
+            "localhost",
+            "a.localhost",
+            "10-0-0-1.shop.pod.cluster.local",
+            "web.shop",
+            "api.example.org",
+            "API.example.org.",
         ] {
             assert!(known.is_no_nodes_name(name).is_some(), "{name}");
         }
-        for name in ["n1", "n1.example.org", "svc1.example.org", "web.bank", "kubernetes.example.org", "pod.example.org"] {
+        for name in
+            ["n1", "n1.example.org", "svc1.example.org", "web.bank", "kubernetes.example.org", "pod.example.org"]
+        {
             assert_eq!(known.is_no_nodes_name(name), None, "{name}");
         }
     }

@@ -5,7 +5,7 @@ use k8s_openapi::api::{certificates::v1::CertificateSigningRequest, core::v1::Po
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use super::*;
+use super::{kinds::PAGE_BYTES, *};
 
 const POD: &str = "/api/v1/namespaces/shop/pods/web";
 const PODS: &str = "/api/v1/pods";
@@ -56,7 +56,8 @@ fn is_beyond_in(object: &Value) -> bool {
 fn of_an_object_in_any_answer_and_in_any_pieces_what_is_looked_at_is_read_and_nothing_else() {
     let few = labels(2, 3);
     let (whole, expected) = (pod(&few), expected(&few));
-    let list = json!({"kind": "PodList", "metadata": {"continue": "c", "resourceVersion": "9"}, "items": [whole, whole]});
+    let list =
+        json!({"kind": "PodList", "metadata": {"continue": "c", "resourceVersion": "9"}, "items": [whole, whole]});
     let event = json!({"type": "ADDED", "object": whole});
     let end = json!({"type": "ERROR", "object": {"kind": "Status", "code": 410, "reason": "Expired", "message": "m"}});
     for piece in [1, 2, 3, 7, 64, usize::MAX] {
@@ -96,19 +97,41 @@ fn every_kind_is_read_up_to_its_bytes_and_with_one_more_is_only_named() {
     };
     let filled: [(&str, usize, &dyn Fn(&str) -> Value); 8] = [
         (POD, MAX_POD_BYTES, &|fill| json!({"metadata": metadata(json!({})), "spec": {"nodeName": fill}})),
-        ("/api/v1/namespaces/n", MAX_NAMESPACE_BYTES, &|fill| json!({"metadata": metadata(json!({"labels": {"a": fill}}))})),
-        ("/api/v1/services/n", MAX_SERVICE_BYTES, &|fill| json!({"metadata": metadata(json!({})), "spec": {"selector": {"a": fill}}})),
-        ("/apis/discovery.k8s.io/v1/endpointslices/n", MAX_SLICE_BYTES, &|fill| {
-            json!({"metadata": metadata(json!({})), "endpoints": [{"targetRef": {"uid": fill}}]})
-        }),
-        ("/apis/discovery.k8s.io/v1/namespaces/default/endpointslices/n", MAX_SLICE_BYTES, &|fill| {
-            json!({"metadata": metadata(json!({})), "endpoints": [{"addresses": [fill]}]})
-        }),
-        ("/api/v1/nodes/n", MAX_NODE_BYTES, &|fill| json!({"metadata": metadata(json!({})), "status": {"addresses": [fill]}})),
-        ("/apis/certificates.k8s.io/v1/certificatesigningrequests/n", MAX_REQUEST_BYTES, &|fill| {
-            json!({"metadata": metadata(json!({})), "spec": {"request": fill}})
-        }),
-        ("/api/v1/configmaps/n", MAX_TRUST_BUNDLE_BYTES, &|fill| json!({"metadata": metadata(json!({})), "data": {"ca.crt": fill}})),
+        (
+            "/api/v1/namespaces/n",
+            MAX_NAMESPACE_BYTES,
+            &|fill| json!({"metadata": metadata(json!({"labels": {"a": fill}}))}),
+        ),
+        (
+            "/api/v1/services/n",
+            MAX_SERVICE_BYTES,
+            &|fill| json!({"metadata": metadata(json!({})), "spec": {"selector": {"a": fill}}}),
+        ),
+        (
+            "/apis/discovery.k8s.io/v1/endpointslices/n",
+            MAX_SLICE_BYTES,
+            &|fill| json!({"metadata": metadata(json!({})), "endpoints": [{"targetRef": {"uid": fill}}]}),
+        ),
+        (
+            "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices/n",
+            MAX_SLICE_BYTES,
+            &|fill| json!({"metadata": metadata(json!({})), "endpoints": [{"addresses": [fill]}]}),
+        ),
+        (
+            "/api/v1/nodes/n",
+            MAX_NODE_BYTES,
+            &|fill| json!({"metadata": metadata(json!({})), "status": {"addresses": [fill]}}),
+        ),
+        (
+            "/apis/certificates.k8s.io/v1/certificatesigningrequests/n",
+            MAX_REQUEST_BYTES,
+            &|fill| json!({"metadata": metadata(json!({})), "spec": {"request": fill}}),
+        ),
+        (
+            "/api/v1/configmaps/n",
+            MAX_TRUST_BUNDLE_BYTES,
+            &|fill| json!({"metadata": metadata(json!({})), "data": {"ca.crt": fill}}),
+        ),
     ];
     assert_eq!(filled.len(), KINDS.len());
     for (path, max, object) in filled {
@@ -153,9 +176,13 @@ fn an_object_beyond_its_bound_does_not_touch_its_neighbours() {
 
 #[test]
 fn what_is_not_others_to_write_is_read_whole() {
-    for path in ["/apis/csrd.dev/v1alpha1/certificatepolicies", "/api/v1/namespaces/csrd-system/secrets/csrd-ca", "/version",
-        "/api/v1/namespaces/kube-system/configmaps", "/apis/certificates.k8s.io/v1"]
-    {
+    for path in [
+        "/apis/csrd.dev/v1alpha1/certificatepolicies",
+        "/api/v1/namespaces/csrd-system/secrets/csrd-ca",
+        "/version",
+        "/api/v1/namespaces/kube-system/configmaps",
+        "/apis/certificates.k8s.io/v1",
+    ] {
         assert!(Excerpt::of(path, None).is_none(), "{path}");
     }
 }
@@ -194,7 +221,8 @@ fn whole_types_are_read_from_excerpts_and_from_what_stands_in_their_place() {
     let kept: Pod = serde_json::from_value(excerpt(POD, &pod(&labels(1, 1)))).unwrap();
     assert_eq!(kept.spec.unwrap().node_name.as_deref(), Some("n1"));
     let path = "/apis/certificates.k8s.io/v1/certificatesigningrequests/n";
-    let request = json!({"metadata": {"name": "n"}, "spec": {"request": "", "username": "x".repeat(MAX_REQUEST_BYTES)}});
+    let request =
+        json!({"metadata": {"name": "n"}, "spec": {"request": "", "username": "x".repeat(MAX_REQUEST_BYTES)}});
     let kept: CertificateSigningRequest = serde_json::from_value(excerpt(path, &request)).unwrap();
     assert!(is_beyond(&kept.metadata) && kept.metadata.name.as_deref() == Some("n"));
 }
@@ -202,15 +230,26 @@ fn whole_types_are_read_from_excerpts_and_from_what_stands_in_their_place() {
 /// Any JSON; keys are often those that are read.
 fn any_json() -> impl Strategy<Value = Value> {
     let key = prop_oneof![
-        Just("metadata".to_owned()), Just("labels".to_owned()), Just("spec".to_owned()), Just("status".to_owned()),
-        Just("name".to_owned()), Just("podIPs".to_owned()), Just("nodeName".to_owned()), ".{0,4}"
+        Just("metadata".to_owned()),
+        Just("labels".to_owned()),
+        Just("spec".to_owned()),
+        Just("status".to_owned()),
+        Just("name".to_owned()),
+        Just("podIPs".to_owned()),
+        Just("nodeName".to_owned()),
+        ".{0,4}"
     ];
-    let leaf = prop_oneof![Just(Value::Null), any::<bool>().prop_map(Value::from), any::<i32>().prop_map(Value::from),
-        ".{0,6}".prop_map(Value::from)];
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i32>().prop_map(Value::from),
+        ".{0,6}".prop_map(Value::from)
+    ];
     leaf.prop_recursive(5, 64, 6, move |inner| {
         prop_oneof![
             prop::collection::vec(inner.clone(), 0..5).prop_map(Value::from),
-            prop::collection::btree_map(key.clone(), inner, 0..5).prop_map(|map| Value::Object(map.into_iter().collect())),
+            prop::collection::btree_map(key.clone(), inner, 0..5)
+                .prop_map(|map| Value::Object(map.into_iter().collect())),
         ]
     })
 }

@@ -262,6 +262,11 @@ impl<'a> Deployment<'a> {
 }
 
 impl Controller {
+    /// Its process.
+    pub(crate) fn id(&self) -> u32 {
+        self.process.id()
+    }
+
     pub(crate) fn said(&self) -> String {
         fs::read_to_string(&self.log).unwrap()
     }
@@ -303,7 +308,7 @@ pub(crate) async fn make(client: &Client, request: Value) -> kube::Result<Reques
     Api::all(client.clone()).create(&PostParams::default(), &serde_json::from_value(request).unwrap()).await
 }
 
-/// A PKCS#10 request with one URI, or DNS name, and a key of its own.
+/// A PKCS#10 request with one URI, IP address or DNS name, and a key of its own.
 pub(crate) fn pkcs10(name: &str) -> ByteString {
     request_for(DistinguishedName::new(), name)
 }
@@ -319,9 +324,10 @@ pub(crate) fn pkcs10_of(user: &str, group: &str, name: &str) -> ByteString {
 fn request_for(subject: DistinguishedName, name: &str) -> ByteString {
     let mut params = CertificateParams::default();
     params.distinguished_name = subject;
-    params.subject_alt_names = vec![match name.contains("://") {
-        true => SanType::URI(name.try_into().unwrap()),
-        false => SanType::DnsName(name.try_into().unwrap()),
+    params.subject_alt_names = vec![match (name.contains("://"), name.parse()) {
+        (true, _) => SanType::URI(name.try_into().unwrap()),
+        (false, Ok(address)) => SanType::IpAddress(address),
+        (false, Err(_)) => SanType::DnsName(name.try_into().unwrap()),
     }];
     let key = KeyPair::generate().unwrap();
     ByteString(params.serialize_request(&key).unwrap().pem().unwrap().into_bytes())

@@ -41,7 +41,11 @@ pub use self::{
     token::{Token, TokenError, Tokens},
     workload::{Facts, PodFacts, UnixFacts, Workload},
 };
-use crate::{account::Principal, clock::Clock};
+use crate::{
+    account::Principal,
+    clock::Clock,
+    kubernetes::{MAX_LABELS, MAX_POD_BYTES},
+};
 
 mod cgroup;
 mod closer;
@@ -418,6 +422,15 @@ pub enum AttestError {
         /// Why not.
         why: String,
     },
+    /// There is more of the pod, or of its namespace, than is read.
+    #[error(
+        "the caller is in the pod with UID {uid:?}, which counts as none: of a pod and of its namespace at most {MAX_LABELS} \
+         labels and {MAX_POD_BYTES} bytes of labels, addresses and containers are read, and one of the two has more"
+    )]
+    PodTooLarge {
+        /// The pod's UID.
+        uid: String,
+    },
     /// The caller's container is another pod's than its cgroup says.
     #[error("the caller's cgroup is of the pod with UID {uid:?}, and its container belongs to another pod")]
     PodContradicted {
@@ -458,6 +471,7 @@ impl AttestError {
             Self::CgroupsDisagree { .. } => "PEER_CGROUPS_DISAGREE",
             Self::PodCgroup { .. } => "POD_CGROUP_UNCLEAR",
             Self::PodUnknown { .. } => "POD_UNKNOWN",
+            Self::PodTooLarge { .. } => "POD_TOO_LARGE",
             Self::PodContradicted { .. } => "POD_CONTRADICTED",
             Self::Token(error) => error.reason(),
             Self::TooManyGroups { .. } => "PEER_TOO_MANY_GROUPS",

@@ -233,6 +233,12 @@ pub enum ConfigError {
         /// Why not.
         why: &'static str,
     },
+    /// A list that allows nothing.
+    #[error("{0}: name at least one, or leave it out")]
+    NothingListed(&'static str),
+    /// Not the end of a DNS name.
+    #[error("kubeletServing.dnsSuffixes: {0:?} is no DNS name such as nodes.example.org")]
+    DnsSuffix(String),
 }
 
 impl Config {
@@ -377,12 +383,18 @@ fn ca_lifetime(field: &'static str, text: Option<&str>) -> Result<Duration, Conf
 }
 
 /// The `OTEL_*` variables of the process, for whoever sends traces.
-#[allow(clippy::disallowed_methods, reason = "the one place that reads the environment")]
+#[allow(clippy::disallowed_methods, reason = "the environment is read in this file")]
 pub fn otel_variables() -> BTreeMap<String, String> {
     // Variables that are not UTF-8 are none of ours.
     let variables =
         std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
     variables.filter(|(name, _)| name.starts_with("OTEL_")).collect()
+}
+
+/// The API server's address as every pod of a cluster is told it.
+#[allow(clippy::disallowed_methods, reason = "the environment is read in this file")]
+pub fn service_host() -> Option<String> {
+    std::env::var("KUBERNETES_SERVICE_HOST").ok()
 }
 
 #[cfg(test)]

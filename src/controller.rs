@@ -7,7 +7,7 @@
 //! others have the same pods and policies at hand, and take over within seconds. Whatever is written names the version it
 //! was decided on, so that a leader which does not know yet that it is none can do no harm.
 //!
-//! `verdict` judges, and `kubelet` what kubelets ask for themselves; `queue` gives nodes their turns, `requests` watches, `answer` writes, `publication` shows the roots, `leader` elects.
+//! `verdict` judges, and `kubelet` what kubelets ask for themselves, by whose addresses are whose; `queue` gives nodes their turns, `requests` watches, `answer` writes, `publication` shows the roots, `leader` elects.
 //! Not here: following pods and policies (`attest`, `policy::watch`), and the CA itself (`signer::embedded`).
 
 mod answer;
@@ -31,11 +31,13 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use self::{
-    answer::Answers, denials::Denials, leader::Election, publication::Publication, statuses::Statuses, verdict::Rules,
+    answer::Answers, denials::Denials, kubelet::Addresses, leader::Election, publication::Publication,
+    statuses::Statuses, verdict::Rules,
 };
 pub use self::{
     answer::{MAX_MESSAGE_BYTES, SECOND_LOOK},
     denials::EVENT_RATE,
+    kubelet::{KubeletServing, MAX_NAMED_SERVICES},
     leader::{LEASE_DURATION, RENEW_WITHIN, RETRY},
     publication::WANTED,
     queue::{MAX_UNDER_WAY_PER_NODE, MAX_WAITING, MAX_WAITING_PER_NODE, MIN_WAITING_PER_NODE, REMEMBERED},
@@ -76,8 +78,10 @@ pub struct Parts {
     pub approves: BTreeSet<String>,
     /// Namespace and ServiceAccount of the agents.
     pub agent: (String, String),
-    /// Whether kubelets' serving certificates are approved.
-    pub kubelet_serving: bool,
+    /// For which names kubelets' serving certificates are approved, if they are.
+    pub kubelet_serving: Option<KubeletServing>,
+    /// Where the API server is: IP addresses and names that no kubelet gets a certificate for.
+    pub api_hosts: Vec<String>,
     /// Namespaces that get the trust bundle, beside the controller's own and those with the label [`WANTED`].
     pub bundle_namespaces: Vec<String>,
     /// Verdicts for each node.
@@ -139,19 +143,25 @@ impl Parts {
             bundle: signer.bundle(),
             published: publisher,
         };
-        let (nodes, nodes_followed) = kubelet::follow(self.client.clone());
+        let (addresses, followed) = match &self.kubelet_serving {
+            Some(serving) => {
+                let (addresses, followed) = kubelet::follow_all(self.client.clone(), serving.clone(), &self.api_hosts);
+                (addresses, Some(followed))
+            }
+            None => (Addresses::default(), None),
+        };
         let answers = Arc::new(Answers {
             client: self.client.clone(),
             rules: Rules {
                 signer: self.signer.clone(),
                 approves: self.approves.clone(),
                 agent: self.agent.clone(),
-                kubelet_serving: self.kubelet_serving,
+                kubelet_serving: self.kubelet_serving.is_some(),
             },
             pods: self.pods.clone(),
             policies: self.policies.clone(),
             policies_lag: self.policies_lag.clone(),
-            nodes,
+            addresses,
             signer: signer.clone(),
             published: published.clone(),
             denials: Denials::new(self.client.clone(), &self.identity),
@@ -165,15 +175,15 @@ impl Parts {
                 requests::run(answers, self.per_node).await;
             }
         };
-        let nodes = async {
-            if self.kubelet_serving {
-                nodes_followed.await;
+        let addresses = async {
+            if let Some(followed) = followed {
+                followed.await;
             }
         };
         let statuses =
             Statuses::new(self.client.clone(), &self.identity, self.clock.clone(), self.examined.clone()).run();
         // The term ends by being dropped.
-        tokio::join!(signer.run(CancellationToken::new()), publication.run(), requests, nodes, statuses);
+        tokio::join!(signer.run(CancellationToken::new()), publication.run(), requests, addresses, statuses);
     }
 
     async fn open(&self) -> Result<Embedded, EmbeddedError> {

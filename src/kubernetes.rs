@@ -3,7 +3,9 @@
 //! Invariant: nothing here proves anything. Labels and annotations are written by whoever creates an object; the
 //! controller takes them as a claim and checks it against what the API server itself wrote.
 
+mod excerpt;
 mod trace;
+pub mod watch;
 
 use std::{
     path::{Path, PathBuf},
@@ -27,6 +29,12 @@ use kube::{
 use tokio::time::Instant;
 use tower::{BoxError, ServiceBuilder};
 
+#[cfg(test)]
+pub(crate) use self::excerpt::excerpt;
+pub use self::excerpt::{
+    BEYOND, MAX_LABELS, MAX_NAMESPACE_BYTES, MAX_NODE_BYTES, MAX_POD_BYTES, MAX_REQUEST_BYTES, MAX_SELECTOR_LABELS,
+    MAX_SERVICE_BYTES, MAX_SLICE_BYTES, MAX_TRUST_BUNDLE_BYTES, SAID_EVERY, is_beyond, page, report,
+};
 use crate::backoff::Backoff;
 
 /// The signer that the controller signs for, and that a policy in a cluster means when it names none.
@@ -186,21 +194,31 @@ pub enum ConnectError {
 
 /// A client by the current context of `kubeconfig`, or else by the ServiceAccount of the pod that this process is in.
 ///
-/// All that it sends shares one HTTP/2 connection, however many watches are open. Nothing is sent a second time: whoever
+/// All that it sends shares one HTTP/2 connection, however many watches are open. Of objects that others write it brings
+/// excerpts, whose size has a bound; see [`is_beyond`]. Nothing is sent a second time: whoever
 /// asks knows whether it may, and how long there is.
 ///
 /// # Errors
 /// See [`ConnectError`]. Nothing is sent yet, so a server that is away is no error.
 pub async fn connect(kubeconfig: Option<&Path>) -> Result<Client, ConnectError> {
-    let config = match kubeconfig {
-        Some(path) => {
-            let of = |source| ConnectError::Kubeconfig { path: path.to_owned(), source };
-            let read = Kubeconfig::read_from(path).map_err(of)?;
-            Config::from_custom_kubeconfig(read, &KubeConfigOptions::default()).await.map_err(of)?
-        }
-        None => Config::incluster()?,
-    };
-    client(config)
+    client(configuration(kubeconfig).await?)
+}
+
+/// Where [`connect`] finds the API server: the host of its URL, and the name to expect in its certificate if that is another.
+///
+/// # Errors
+/// As there.
+pub async fn api_hosts(kubeconfig: Option<&Path>) -> Result<Vec<String>, ConnectError> {
+    let config = configuration(kubeconfig).await?;
+    let host = config.cluster_url.host().map(|host| host.trim_matches(['[', ']']).to_owned());
+    Ok(host.into_iter().chain(config.tls_server_name).collect())
+}
+
+async fn configuration(kubeconfig: Option<&Path>) -> Result<Config, ConnectError> {
+    let Some(path) = kubeconfig else { return Ok(Config::incluster()?) };
+    let of = |source| ConnectError::Kubeconfig { path: path.to_owned(), source };
+    let read = Kubeconfig::read_from(path).map_err(of)?;
+    Config::from_custom_kubeconfig(read, &KubeConfigOptions::default()).await.map_err(of)
 }
 
 /// kube's own layers over a connector that offers HTTP/2.
@@ -226,6 +244,7 @@ fn client(config: Config) -> Result<Client, ConnectError> {
     let service = ServiceBuilder::new()
         .map_request(trace::name_span)
         .map_future(trace::record_audit_id)
+        .layer_fn(excerpt::Excerpts)
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer()?)
         .layer(config.extra_headers_layer()?)
@@ -351,6 +370,27 @@ mod tests {
         assert!(!lag.is_over());
         tokio::time::advance(Duration::from_millis(1)).await;
         assert!(lag.is_over());
+    }
+
+    #[tokio::test]
+    async fn the_api_servers_hosts_are_those_of_the_configuration() {
+        for (server, name, hosts) in [
+            ("https://10.96.0.1:6443", "", vec!["10.96.0.1"]),
+            ("https://[fd00::1]:6443/prefix", "", vec!["fd00::1"]),
+            (
+                "https://api.example.org",
+                "tls-server-name: inner.example.org",
+                vec!["api.example.org", "inner.example.org"],
+            ),
+        ] {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            let text = format!(
+                "{{clusters: [{{name: a, cluster: {{server: '{server}', {name}}}}}], users: [{{name: a, user: {{}}}}],
+                contexts: [{{name: a, context: {{cluster: a, user: a}}}}], current-context: a}}"
+            );
+            std::fs::write(file.path(), text).unwrap();
+            assert_eq!(api_hosts(Some(file.path())).await.unwrap(), hosts);
+        }
     }
 
     #[test]

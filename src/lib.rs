@@ -81,7 +81,7 @@
 //! | `server` | `account`, `proto`, `spiffe`, `x509`, `attest`, `attest::workload`, `policy`, `signer`, `issue`, `hub`, `metrics`, `telemetry`, `text` |
 //! | `controller` | `attest::pods`, `attest::workload`, `policy`, `policy::watch`, `x509`, `signer`, `kubernetes`, `clock`, `backoff`, `rate`, `metrics`, `telemetry`, `text` |
 //! | `client` | `proto`, `socket`, `backoff`, `telemetry`, `text` |
-//! | `config` | `controller`, `policy`, `signer`, `files`, `socket`, `telemetry`, `kubernetes`, `trust` |
+//! | `config` | `controller`, `policy`, `signer`, `files`, `socket`, `telemetry`, `kubernetes`, `trust`, `x509` |
 //! | `agent` | everything |
 //! | `cli` | everything |
 //! | `main` | everything |

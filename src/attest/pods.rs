@@ -5,10 +5,13 @@
 //! server is away; what has vanished is gone after the next list. A pod is live from when a node has it until it has
 //! ended (Succeeded, Failed), is deleted, or is long past the end of its grace period.
 //!
+//! An object with more than is read of it ([`kubernetes`](crate::kubernetes)'s bounds) counts as none: its pod is refused
+//! with that reason, its Service selects nothing. Of more Services than [`MAX_SERVICES`] the namespace with the most goes
+//! without its last.
+//!
 //! Labels and addresses are facts because the API server says them, which lets only whoever may change the pod set
 //! them. Deliberately not a fact: anything about containers, which a controller could not see again.
 
-mod follow;
 mod pod;
 mod services;
 mod state;
@@ -26,28 +29,30 @@ use k8s_openapi::api::{
 use kube::{Api, Client, core::PartialObjectMeta, runtime::watcher};
 use tokio::{
     sync::{Semaphore, watch},
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
-use self::{
-    follow::follow,
-    state::{Found, State},
-};
+pub use self::services::{MAX_MEMBERS, MAX_POD_SERVICES, MAX_SERVICES};
+use self::state::{Found, State};
 #[cfg(any(test, feature = "testing"))]
 use super::PodFacts;
 use super::{AttestError, Workload, cgroup::InPod, shares::Shares};
-use crate::{clock::Clock, kubernetes::Lag};
+#[cfg(any(test, feature = "testing"))]
+use crate::kubernetes::watch::Change;
+use crate::{
+    clock::Clock,
+    kubernetes::{Lag, MAX_NAMESPACE_BYTES, MAX_POD_BYTES, MAX_SERVICE_BYTES, MAX_SLICE_BYTES, page, watch::follow},
+};
 
-/// Objects read at a time. Each may have 1.5 MB, whoever made it, and is held more than once before it is cut down to what
-/// is used of it.
-pub const PAGE: u32 = 25;
 /// How long a call of a pod that is not known yet waits to become known.
 pub const POD_WAIT: Duration = Duration::from_secs(5);
 /// Calls that may wait so; one more is told at once to come back.
 pub const MAX_WAITING: usize = 1024;
 /// Of these, calls that may wait for one pod.
 pub const MAX_WAITING_PER_POD: usize = MAX_WAITING / 4;
+/// How soon Services that found no room are looked for again once there is some.
+pub const RELIST_PAUSE: Duration = Duration::from_secs(60);
 /// How long past its grace period a pod that is still being deleted counts as live; as long as the API server accepts
 /// its tokens.
 pub const DELETION_LEEWAY: Duration = Duration::from_secs(60);
@@ -108,13 +113,22 @@ impl Pods {
         let look = |state: &State| match state.of_process(process, self.0.clock.now()) {
             Found::Live(workload) => Some(Ok(workload)),
             Found::Contradiction => Some(Err(AttestError::PodContradicted { uid: process.uid.clone() })),
+            Found::Beyond => Some(Err(AttestError::PodTooLarge { uid: process.uid.clone() })),
             Found::Nothing => None,
         };
         self.wait(&process.uid, look).await.unwrap_or_else(|| Err(self.unknown(&process.uid)))
     }
 
+    /// Whether the pod of that UID, or its namespace, is known to have more than is read of one.
+    pub fn is_beyond(&self, uid: &str) -> bool {
+        self.lock().is_beyond(uid)
+    }
+
     /// That no live pod has that UID, and why.
     pub(super) fn unknown(&self, uid: &str) -> AttestError {
+        if self.is_beyond(uid) {
+            return AttestError::PodTooLarge { uid: uid.to_owned() };
+        }
         let why = self.ready().err().unwrap_or_else(|| format!("no live pod of {} has it", self.0.scope));
         AttestError::PodUnknown { uid: uid.to_owned(), why }
     }
@@ -165,17 +179,17 @@ impl Pods {
                 field_selector: Some(format!("spec.nodeName={node}")),
                 ..watcher::Config::default()
             },
-            Scope::Cluster => watcher::Config::default().page_size(PAGE),
+            Scope::Cluster => watcher::Config::default().page_size(page(MAX_POD_BYTES)),
         };
         let lag = self.lag();
         let pods = follow(Api::<pod::Pod>::all(client.clone()), config, lag.backoff(), state::read_pod, |change| {
             self.apply(|state| state.pods(change))
         });
         let namespaces = Api::<PartialObjectMeta<Namespace>>::all(client.clone());
-        let namespaces =
-            follow(namespaces, watcher::Config::default(), lag.backoff(), state::read_namespace, |change| {
-                self.apply(|state| state.namespaces(change))
-            });
+        let paged = watcher::Config::default().page_size(page(MAX_NAMESPACE_BYTES));
+        let namespaces = follow(namespaces, paged, lag.backoff(), state::read_namespace, |change| {
+            self.apply(|state| state.namespaces(change))
+        });
         let all = async { tokio::join!(pods, namespaces, self.follow_services(client)) };
         stop.run_until_cancelled(all).await;
     }
@@ -185,13 +199,14 @@ impl Pods {
         let mut wanted = self.0.services.subscribe();
         loop {
             let _ = wanted.wait_for(|wanted| *wanted).await;
-            let (lag, paged) = (self.lag(), watcher::Config::default().page_size(PAGE));
+            let lag = self.lag();
+            let paged = watcher::Config::default().page_size(page(MAX_SERVICE_BYTES));
             let services = Api::<Service>::all(client.clone());
-            let services = follow(services, paged.clone(), lag.backoff(), services::read_service, |change| {
+            let services = follow(services, paged, lag.backoff(), services::read_service, |change| {
                 self.apply(|state| state.services(|services| services.services(change)))
             });
             // Those of Services with a selector say nothing that the selector does not, and are most of them.
-            let by_hand = paged.labels(services::NOT_BY_SELECTOR);
+            let by_hand = watcher::Config::default().page_size(page(MAX_SLICE_BYTES)).labels(services::NOT_BY_SELECTOR);
             let slices = Api::<EndpointSlice>::all(client.clone());
             let slices = follow(slices, by_hand, lag.backoff(), services::read_slice, |change| {
                 self.apply(|state| state.services(|services| services.slices(change)))
@@ -199,6 +214,17 @@ impl Pods {
             tokio::select! {
                 _ = wanted.wait_for(|wanted| !*wanted) => {}
                 _ = async { tokio::join!(services, slices) } => {}
+                () = self.room_for_services() => {}
+            }
+        }
+    }
+
+    /// Resolves when a new list would find Services that the last one had no room for.
+    async fn room_for_services(&self) {
+        loop {
+            sleep(RELIST_PAUSE).await;
+            if self.lock().wants_services_again() {
+                return;
             }
         }
     }
@@ -258,9 +284,9 @@ impl fmt::Display for Scope {
 impl Pods {
     /// As after a list of these pods and of their namespaces, which have the labels of the last pod in each.
     pub fn list_for_test(&self, pods: Vec<PodFacts>) {
-        let namespaces = pods.iter().map(|pod| (pod.namespace.clone(), pod.namespace_labels.clone())).collect();
-        self.apply(|state| state.namespaces(follow::Change::All(namespaces)));
-        self.apply(|state| state.pods(follow::Change::All(pods.into_iter().map(state::Reported::live).collect())));
+        let namespaces = pods.iter().map(|pod| (pod.namespace.clone(), Some(pod.namespace_labels.clone()))).collect();
+        self.apply(|state| state.namespaces(Change::All(namespaces)));
+        self.apply(|state| state.pods(Change::All(pods.into_iter().map(state::Reported::live).collect())));
         self.want_services(false);
     }
 }
@@ -270,7 +296,7 @@ mod tests {
     use std::time::SystemTime;
 
     use futures_util::poll;
-    use tokio::time::{Instant, sleep};
+    use tokio::time::Instant;
 
     use super::*;
 

@@ -66,6 +66,7 @@ async fn start(
     stop: CancellationToken,
 ) -> anyhow::Result<Tasks> {
     let client = kubernetes::connect(config.kubeconfig.as_deref()).await.map_err(UsageError::of)?;
+    let api_hosts = kubernetes::api_hosts(config.kubeconfig.as_deref()).await.map_err(UsageError::of)?;
     let (clock, metrics, readiness) = (Clock::system(), Metrics::new(), Readiness::new());
     let pods = Pods::new(Scope::Cluster, clock.clone());
     let policies = ClusterPolicies::new(client.clone(), metrics.clone());
@@ -92,6 +93,7 @@ async fn start(
         ca: config.ca,
         approves: config.approve,
         kubelet_serving: config.kubelet_serving,
+        api_hosts: api_hosts.into_iter().chain(config::service_host()).collect(),
         agent: (config.namespace.clone(), config.agent),
         namespace: config.namespace,
         bundle_namespaces: config.bundle_namespaces,

@@ -2,19 +2,25 @@
 
 use std::{
     collections::BTreeSet,
+    fmt,
     net::SocketAddr,
     num::NonZeroU32,
     path::{Path, PathBuf},
 };
 
-use serde::Deserialize;
+use ipnet::IpNet;
+use serde::{
+    Deserialize, Deserializer,
+    de::{MapAccess, Visitor, value::MapAccessDeserializer},
+};
 
 use super::{ConfigError, RateFile, ca_lifetime, read};
 use crate::{
-    controller::Ca,
+    controller::{Ca, KubeletServing},
     kubernetes::{NAMESPACE, SIGNER},
     signer::embedded::EmbeddedConfig,
     telemetry::Log,
+    x509::DnsName,
 };
 
 /// ServiceAccount of the agents, unless configured.
@@ -50,8 +56,8 @@ pub struct Controller {
     pub ca: Ca,
     /// Others' signers, whose requests are approved.
     pub approve: BTreeSet<String>,
-    /// Whether kubelets' serving certificates are approved.
-    pub kubelet_serving: bool,
+    /// For which names kubelets' serving certificates are approved, if they are.
+    pub kubelet_serving: Option<KubeletServing>,
     /// Namespaces that get the trust bundle, beside `namespace` and those with the label.
     pub bundle_namespaces: Vec<String>,
     /// Verdicts for each node.
@@ -71,7 +77,7 @@ struct File {
     agent: Option<String>,
     signer: SignerFile,
     approve: BTreeSet<String>,
-    kubelet_serving: bool,
+    kubelet_serving: KubeletServingFile,
     trust_bundle: TrustBundleFile,
     limits: LimitsFile,
     admin: Option<SocketAddr>,
@@ -93,6 +99,43 @@ struct SignerFile {
 #[serde(deny_unknown_fields, rename_all = "camelCase", default)]
 struct TrustBundleFile {
     namespaces: Vec<String>,
+}
+
+/// `true`, `false`, or what certificates are held to.
+#[derive(Debug, Default)]
+enum KubeletServingFile {
+    #[default]
+    Off,
+    On(KubeletListsFile),
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
+struct KubeletListsFile {
+    addresses: Option<Vec<IpNet>>,
+    dns_suffixes: Option<Vec<String>>,
+}
+
+impl<'de> Deserialize<'de> for KubeletServingFile {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = KubeletServingFile;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("true, false, or {addresses: [...], dnsSuffixes: [...]}")
+            }
+
+            fn visit_bool<E>(self, on: bool) -> Result<KubeletServingFile, E> {
+                Ok(if on { KubeletServingFile::On(KubeletListsFile::default()) } else { KubeletServingFile::Off })
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<KubeletServingFile, A::Error> {
+                KubeletListsFile::deserialize(MapAccessDeserializer::new(map)).map(KubeletServingFile::On)
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -132,13 +175,30 @@ impl Controller {
             signer,
             ca: ca(file.signer)?,
             approve: file.approve,
-            kubelet_serving: file.kubelet_serving,
+            kubelet_serving: kubelet_serving(file.kubelet_serving)?,
             bundle_namespaces: file.trust_bundle.namespaces,
             per_node: file.limits.per_node,
             admin: file.admin,
             log: file.log,
         })
     }
+}
+
+fn kubelet_serving(file: KubeletServingFile) -> Result<Option<KubeletServing>, ConfigError> {
+    let KubeletServingFile::On(KubeletListsFile { addresses, dns_suffixes }) = file else { return Ok(None) };
+    if addresses.as_ref().is_some_and(Vec::is_empty) {
+        return Err(ConfigError::NothingListed("kubeletServing.addresses"));
+    }
+    if dns_suffixes.as_ref().is_some_and(Vec::is_empty) {
+        return Err(ConfigError::NothingListed("kubeletServing.dnsSuffixes"));
+    }
+    for suffix in dns_suffixes.iter().flatten() {
+        DnsName::parse(suffix)
+            .ok()
+            .filter(|name| !name.is_wildcard())
+            .ok_or_else(|| ConfigError::DnsSuffix(suffix.clone()))?;
+    }
+    Ok(Some(KubeletServing { addresses, dns_suffixes }))
 }
 
 /// The operator's files, or a Secret.
@@ -173,7 +233,7 @@ mod tests {
         assert_eq!(config, load("{}").unwrap());
         assert_eq!((config.signer.as_str(), config.namespace.as_str()), (SIGNER, NAMESPACE));
         assert_eq!(config.ca, Ca::Secret { name: DEFAULT_CA_SECRET.into(), lifetime: DEFAULT_CA_LIFETIME });
-        assert!(config.approve.is_empty() && config.bundle_namespaces.is_empty() && !config.kubelet_serving);
+        assert!(config.approve.is_empty() && config.bundle_namespaces.is_empty() && config.kubelet_serving.is_none());
     }
 
     #[test]
@@ -190,10 +250,21 @@ mod tests {
         );
         assert_eq!(config.ca, Ca::Secret { name: "s".into(), lifetime: Duration::from_secs(3600) });
         assert_eq!((config.bundle_namespaces, config.per_node.burst.get()), (vec!["b".to_owned()], 2));
-        assert!(config.approve.contains("kubernetes.io/kube-apiserver-client") && config.kubelet_serving);
+        assert!(config.approve.contains("kubernetes.io/kube-apiserver-client") && config.kubelet_serving.is_some());
         let config = load("signer: {caCertificate: /c, caKey: /k}").unwrap();
         let given = EmbeddedConfig::Given { certificate: "/c".into(), key: "/k".into(), chain: None };
         assert_eq!(config.ca, Ca::Files(given));
+    }
+
+    #[test]
+    fn kubelets_are_answered_where_it_is_switched_on_and_for_what_is_listed() {
+        let serving = |text: &str| load(&format!("kubeletServing: {text}")).unwrap().kubelet_serving;
+        assert_eq!(serving("false"), None);
+        let all = Some(KubeletServing { addresses: None, dns_suffixes: None });
+        assert_eq!((serving("true"), serving("{}")), (all.clone(), all));
+        let listed = serving("{addresses: [10.0.0.0/8, 'fd00::/8'], dnsSuffixes: [nodes.example.org]}").unwrap();
+        assert_eq!(listed.addresses.unwrap(), ["10.0.0.0/8", "fd00::/8"].map(|range| range.parse().unwrap()));
+        assert_eq!(listed.dns_suffixes.unwrap(), ["nodes.example.org"]);
     }
 
     #[test]
@@ -207,6 +278,13 @@ mod tests {
         check("signer: {caCertificate: /c, caKey: /k, caSecret: s}", "leave them out beside caCertificate");
         check("signer: {caCertificate: /c, caKey: /k, caLifetime: 1h}", "leave them out beside caCertificate");
         check("signer: {caLifetime: 59s}", "signer.caLifetime: it must lie between 1m and");
+        check("kubeletServing: {address: [10.0.0.0/8]}", "unknown field `address`");
+        check("kubeletServing: {addresses: [10.0.0.0/33]}", "kubeletServing");
+        check("kubeletServing: {addresses: []}", "kubeletServing.addresses: name at least one");
+        check("kubeletServing: {dnsSuffixes: []}", "kubeletServing.dnsSuffixes: name at least one");
+        check("kubeletServing: {dnsSuffixes: ['*.example.org']}", "is no DNS name such as");
+        check("kubeletServing: {dnsSuffixes: ['.example.org']}", "is no DNS name such as");
+        check("kubeletServing: yes, please", "true, false, or {addresses");
         check("approve: [csrd.dev/workload]", "it is the controller's own signer");
         for (never, why) in NEVER_APPROVED {
             check(&format!("approve: [{never}]"), why);

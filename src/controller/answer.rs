@@ -8,7 +8,6 @@
 
 use std::{sync::Arc, time::Duration};
 
-use futures_util::FutureExt as _;
 use k8s_openapi::{
     ByteString,
     api::{
@@ -18,9 +17,8 @@ use k8s_openapi::{
 };
 use kube::{
     Api, Client,
-    api::{Patch, PatchParams, PostParams},
+    api::{Patch, PatchParams},
     core::Status,
-    runtime::reflector::Store,
 };
 use serde_json::json;
 use tokio::{
@@ -31,7 +29,7 @@ use tracing::{Instrument as _, debug_span, field::Empty};
 
 use super::{
     denials::Denials,
-    kubelet::{self, Kubelet},
+    kubelet::{self, Addresses, Kubelet},
     queue::{Outcome, Turn},
     verdict::{Approval, Asked, Claim, PodName, Refusal, Request, Rules},
 };
@@ -67,8 +65,8 @@ pub(super) struct Answers {
     pub(super) pods: Pods,
     pub(super) policies: watch::Receiver<Arc<PolicySet>>,
     pub(super) policies_lag: Lag,
-    /// With their addresses, where kubelets' requests are answered.
-    pub(super) nodes: Store<Node>,
+    /// Whose addresses are whose, where kubelets' requests are answered.
+    pub(super) addresses: Addresses,
     pub(super) signer: Arc<dyn Sign>,
     /// The roots that everybody who verifies can read by now.
     pub(super) published: watch::Receiver<Option<Arc<Bundle>>>,
@@ -89,8 +87,8 @@ enum AnswerError {
     Late(PodName),
     #[error("it would be refused by what is known, which may be old: {0}")]
     Behind(String),
-    #[error("Nodes have not been listed yet, by which it is known whose an address is")]
-    Nodes,
+    #[error("whose an address is, is not all known: {0}")]
+    Addresses(String),
     #[error("the signer did not sign")]
     Sign(#[from] SignError),
     #[error("no root is published yet")]
@@ -190,13 +188,10 @@ impl Answers {
 
     async fn judge_kubelet(&self, kubelet: &Kubelet) -> Result<Result<(), kubelet::Refusal>, AnswerError> {
         let node = within(Api::<Node>::all(self.client.clone()).get_opt(&kubelet.node)).await?;
-        if !matches!(self.nodes.wait_until_ready().now_or_never(), Some(Ok(()))) {
-            return Err(AnswerError::Nodes);
+        match node {
+            Some(node) => self.addresses.judge(kubelet, &node).map_err(AnswerError::Addresses),
+            None => Ok(Err(kubelet::Refusal::NodeGone { node: kubelet.node.clone() })),
         }
-        Ok(match node {
-            Some(node) => kubelet.judge(kubelet::addresses(&node), &self.nodes.state()),
-            None => Err(kubelet::Refusal::NodeGone { node: kubelet.node.clone() }),
-        })
     }
 
     /// The live pod of that UID; `gone` once the API server itself says that there is none, and a refusal at once if it is
@@ -209,6 +204,9 @@ impl Answers {
     ) -> Result<Result<Arc<Workload>, Refusal>, AnswerError> {
         if let Some(workload) = self.pods.by_uid(&pod.uid) {
             return Ok(Ok(workload));
+        }
+        if self.pods.is_beyond(&pod.uid) {
+            return Ok(Err(Refusal::PodTooLarge { pod: pod.clone() }));
         }
         let api = Api::<Pod>::namespaced(self.client.clone(), &pod.namespace);
         let there = within(api.get_opt(&pod.name)).await?;
@@ -311,21 +309,25 @@ impl Answers {
     /// Says on a request that was approved why it is not signed.
     async fn fail(&self, request: &Request, reason: &str, message: &str) -> Result<(), AnswerError> {
         let requests = self.requests();
-        let mut object = within(requests.get(&request.name)).await?;
+        let object = within(requests.get(&request.name)).await?;
         if object.metadata.uid.as_ref() != Some(&request.uid) {
             return Ok(());
         }
-        object.status.get_or_insert_default().conditions.get_or_insert_default().push(
-            CertificateSigningRequestCondition {
-                type_: "Failed".to_owned(),
-                status: "True".to_owned(),
-                reason: Some(reason.to_owned()),
-                message: Some(said(message)),
-                ..CertificateSigningRequestCondition::default()
-            },
-        );
-        let parameters = PostParams::default();
-        let written = requests.replace_status(&request.name, &parameters, &object);
+        let mut conditions = object.status.and_then(|status| status.conditions).unwrap_or_default();
+        conditions.push(CertificateSigningRequestCondition {
+            type_: "Failed".to_owned(),
+            status: "True".to_owned(),
+            reason: Some(reason.to_owned()),
+            message: Some(said(message)),
+            ..CertificateSigningRequestCondition::default()
+        });
+        // Of the rest not all has been read, so that it could not be written back.
+        let patch = json!({
+            "metadata": {"resourceVersion": object.metadata.resource_version},
+            "status": {"conditions": conditions},
+        });
+        let (parameters, patch) = (PatchParams::default(), Patch::Merge(&patch));
+        let written = requests.patch_status(&request.name, &parameters, &patch);
         within(written).instrument(write_span("fail")).await.map(drop)
     }
 
@@ -374,7 +376,7 @@ impl AnswerError {
             Self::Timeout => "API_TIMEOUT",
             Self::Late(_) => "POD_LATE",
             Self::Behind(_) => "WATCH_BEHIND",
-            Self::Nodes => "NODES_LATE",
+            Self::Addresses(_) => "NODES_LATE",
             Self::Sign(error) => error.reason(),
             Self::NotPublished | Self::Unpublished(_) => "ROOT_NOT_PUBLISHED",
         }
@@ -387,7 +389,7 @@ mod tests {
 
     use http::{Method, Response, StatusCode};
     use http_body_util::Full;
-    use kube::{client::Body, runtime::reflector};
+    use kube::client::Body;
     use serde_json::Value;
 
     use super::*;
@@ -424,7 +426,7 @@ mod tests {
             pods: Pods::new(Scope::Cluster, clock.clone()),
             policies: watch::channel(Arc::default()).1,
             policies_lag: Lag::default(),
-            nodes: reflector::store().0,
+            addresses: Addresses::default(),
             signer: Arc::new(signer),
             published: watch::channel(None).1,
             clock,

@@ -3,32 +3,25 @@
 //! Approved is what a node asks for itself: the requester is `system:node:X` of the group `system:nodes`, which is also
 //! the subject, and every name is an address that Node X has and no other Node. GHSA-x7j5-fww5-mqmv is what comes of less:
 //! whoever may make a request gets the API server's own names. Addresses are what the kubelet, or the cloud's controller,
-//! wrote into the Node's status. So a node that lies there can have an address that is no Node's, and can keep another from
-//! its certificate, which is seen in the log; it gets none for it. Wildcards and names of Services are refused whatever it
-//! says. Requests of anybody but a node are left alone.
+//! wrote into the Node's status. What is no Node's whatever it says, as the addresses of Services and of the API server,
+//! `addresses` knows, and what the operator lists. So a node that lies there can have an address outside of the cluster
+//! that nobody has listed against, and can keep another from its certificate, which is seen in the log; it gets none for it.
+//! Requests of anybody but a node are left alone.
 
-use std::{future::ready, net::IpAddr, sync::Arc};
+mod addresses;
 
-use futures_util::StreamExt as _;
+use std::net::IpAddr;
+
 use k8s_openapi::api::{
     certificates::v1::CertificateSigningRequestSpec,
-    core::v1::{Node, NodeAddress, NodeStatus},
-};
-use kube::{
-    Api, Client,
-    core::ObjectMeta,
-    runtime::{
-        WatchStreamExt as _,
-        reflector::{self, Store},
-        watcher::{self, watcher},
-    },
+    core::v1::{Node, NodeAddress},
 };
 
-use super::{requests::PAGE, verdict::pkcs10};
-use crate::{
-    kubernetes::WatchBackoff,
-    x509::{Csr, CsrError, DnsName, Names, Usage, Usages},
-};
+use self::addresses::Known;
+pub(super) use self::addresses::{Addresses, follow_all};
+pub use self::addresses::{KubeletServing, MAX_NAMED_SERVICES};
+use super::verdict::pkcs10;
+use crate::x509::{Csr, CsrError, DnsName, Names, Usage, Usages};
 
 /// The signer that every cluster has for them.
 pub(super) const SIGNER: &str = "kubernetes.io/kubelet-serving";
@@ -47,30 +40,6 @@ pub(super) struct Kubelet {
     pkcs10: Result<Vec<u8>, CsrError>,
 }
 
-/// The addresses of all Nodes, and what follows them for as long as it is polled.
-pub(super) fn follow(client: Client) -> (Store<Node>, impl Future<Output = ()>) {
-    let (nodes, writer) = reflector::store();
-    let config = watcher::Config::default().page_size(PAGE);
-    let watched = watcher(Api::<Node>::all(client), config).backoff(WatchBackoff::default());
-    let follow = watched.modify(keep_addresses).reflect(writer).for_each(|event| {
-        if let Err(error) = event {
-            tracing::warn!(error = &error as &dyn std::error::Error, "Nodes cannot be followed");
-        }
-        ready(())
-    });
-    (nodes, follow)
-}
-
-/// Most of a Node is something else.
-fn keep_addresses(node: &mut Node) {
-    let addresses = node.status.take().and_then(|status| status.addresses);
-    *node = Node {
-        metadata: ObjectMeta { name: node.metadata.name.take(), ..ObjectMeta::default() },
-        status: Some(NodeStatus { addresses, ..NodeStatus::default() }),
-        ..Node::default()
-    };
-}
-
 /// What a Node's status says.
 pub(super) fn addresses(node: &Node) -> &[NodeAddress] {
     node.status.as_ref().and_then(|status| status.addresses.as_deref()).unwrap_or_default()
@@ -85,8 +54,8 @@ impl Kubelet {
         Some(Self { node: node.to_owned(), usages: usages.collect(), pkcs10: pkcs10(spec.request.0.clone()) })
     }
 
-    /// Judges by the addresses of the Node, and of all others.
-    pub(super) fn judge(&self, addresses: &[NodeAddress], all: &[Arc<Node>]) -> Result<(), Refusal> {
+    /// Judges by the addresses of the Node, and by what is known of all others.
+    fn judge(&self, addresses: &[NodeAddress], known: &Known) -> Result<(), Refusal> {
         let beside = self.usages.map(|usages| usages.minus(Usages::empty().with(Usage::KeyEncipherment)));
         if beside != Some(USAGES) {
             return Err(Refusal::Usages);
@@ -99,11 +68,35 @@ impl Kubelet {
         if names.san_count() == 0 {
             return Err(Refusal::NoName);
         }
+        self.check_reserved(names, known)?;
         if let Some(name) = self.foreign(names, addresses) {
             return Err(Refusal::Name { name, node: self.node.clone() });
         }
-        match self.shared(names, all) {
-            Some((name, other)) => Err(Refusal::Shared { name, other }),
+        let (ips, dns) = (names.ips.iter().map(ToString::to_string), names.dns.iter().map(ToString::to_string));
+        let asked: Vec<_> = ips.chain(dns).collect();
+        if let Some((name, other)) = known.shared(&asked, &self.node) {
+            return Err(Refusal::Shared { name, other });
+        }
+        self.check_listed(names, known)
+    }
+
+    /// None may be one that no Node has, whatever the Node's status says.
+    fn check_reserved(&self, names: &Names, known: &Known) -> Result<(), Refusal> {
+        let ip = |ip: &IpAddr| Some((ip.to_string(), known.is_no_nodes_address(*ip)?));
+        let dns = |name: &DnsName| Some((name.to_string(), known.is_no_nodes_name(name.as_str())?));
+        match names.ips.iter().find_map(ip).or_else(|| names.dns.iter().find_map(dns)) {
+            Some((name, why)) => Err(Refusal::Reserved { name, why }),
+            None => Ok(()),
+        }
+    }
+
+    /// All must be such as the operator lists.
+    fn check_listed(&self, names: &Names, known: &Known) -> Result<(), Refusal> {
+        let ip = names.ips.iter().find(|ip| !known.lists_address(**ip)).map(ToString::to_string);
+        let dns =
+            || names.dns.iter().find(|name| !known.lists_name(name.as_str(), &self.node)).map(ToString::to_string);
+        match ip.or_else(dns) {
+            Some(name) => Err(Refusal::NotListed { name }),
             None => Ok(()),
         }
     }
@@ -117,36 +110,12 @@ impl Kubelet {
             !of(&["InternalIP", "ExternalIP", "Hostname"], &|address| address.parse::<IpAddr>().as_ref() == Ok(*ip))
         };
         let is_dns = |name: &&DnsName| {
-            let text = name.as_str();
-            let service = text == "kubernetes" || text.ends_with(".svc") || text.contains(".svc.");
-            let known = of(&["Hostname", "InternalDNS", "ExternalDNS"], &|address| address == text);
-            service || name.is_wildcard() || !known
+            let known = of(&["Hostname", "InternalDNS", "ExternalDNS"], &|address| address == name.as_str());
+            name.is_wildcard() || !known
         };
         let ip = names.ips.iter().find(is_ip).map(ToString::to_string);
         let dns = || names.dns.iter().find(is_dns).map(ToString::to_string);
         ip.or_else(dns).or_else(|| names.uris.first().cloned())
-    }
-
-    /// The first name that another Node has too, and that Node: one of them lies.
-    fn shared(&self, names: &Names, all: &[Arc<Node>]) -> Option<(String, String)> {
-        let (ips, dns) = (names.ips.iter().map(ToString::to_string), names.dns.iter().map(ToString::to_string));
-        let asked: Vec<_> = ips.chain(dns).collect();
-        for node in all.iter().filter(|node| node.metadata.name.as_ref() != Some(&self.node)) {
-            for NodeAddress { address, .. } in addresses(node) {
-                if let Some(name) = asked.iter().find(|name| is_same(name, address)) {
-                    return Some((name.clone(), node.metadata.name.clone().unwrap_or_default()));
-                }
-            }
-        }
-        None
-    }
-}
-
-/// Whether both mean one host, as whoever verifies a certificate compares them.
-fn is_same(name: &str, address: &str) -> bool {
-    match (name.parse::<IpAddr>(), address.parse::<IpAddr>()) {
-        (Ok(name), Ok(address)) => name == address,
-        _ => name.eq_ignore_ascii_case(address.trim_end_matches('.')),
     }
 }
 
@@ -159,7 +128,11 @@ pub(super) enum Refusal {
     Subject { node: String },
     #[error("no DNS name and no IP address is asked for")]
     NoName,
-    #[error("{name:?} is no address of Node {node}, or is a wildcard or a Service's name")]
+    #[error("{name:?} is no Node's: {why}")]
+    Reserved { name: String, why: String },
+    #[error("{name:?} is in no range and no domain that kubeletServing lists in the controller's configuration")]
+    NotListed { name: String },
+    #[error("{name:?} is no address of Node {node}, or is a wildcard")]
     Name { name: String, node: String },
     #[error("{name:?} is an address of Node {other} too, and only one of the two can have it")]
     Shared { name: String, other: String },
@@ -175,7 +148,9 @@ impl Refusal {
             Self::Usages => "USAGE_NOT_ALLOWED",
             Self::Subject { .. } => "SUBJECT_NOT_REQUESTER",
             Self::NoName => "NO_NAME",
-            Self::Name { .. } | Self::Shared { .. } => "NAME_NOT_ALLOWED",
+            Self::Reserved { .. } | Self::Name { .. } | Self::Shared { .. } | Self::NotListed { .. } => {
+                "NAME_NOT_ALLOWED"
+            }
             Self::NodeGone { .. } => "NODE_GONE",
             Self::Pkcs10(error) => error.reason(),
         }
@@ -189,7 +164,10 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::x509::{KeyAlgorithm, PrivateKey};
+    use crate::{
+        kubernetes::{excerpt, watch::Change},
+        x509::{KeyAlgorithm, PrivateKey},
+    };
 
     /// What node n1 asks for; a row changes one thing.
     struct Case {
@@ -209,6 +187,10 @@ mod tests {
     }
 
     fn verdict(change: impl FnOnce(&mut Case)) -> Option<Result<(), Refusal>> {
+        verdict_with(KubeletServing::default(), change)
+    }
+
+    fn verdict_with(serving: KubeletServing, change: impl FnOnce(&mut Case)) -> Option<Result<(), Refusal>> {
         let mut case = Case {
             user: "system:node:n1",
             groups: vec![NODES.into(), "system:authenticated".into()],
@@ -237,6 +219,9 @@ mod tests {
             ("ExternalIP", "2001:db8::1"),
             // As a node that lies would write it.
             ("InternalDNS", "kubernetes.default.svc"),
+            ("InternalDNS", "api.example.org"),
+            ("InternalIP", "10.96.0.1"),
+            ("InternalIP", "127.0.0.1"),
             ("InternalDNS", "*.example.org"),
             ("InternalDNS", "n2.example.org"),
             ("InternalIP", "10.0.0.2"),
@@ -244,19 +229,21 @@ mod tests {
             ("Other", "10.0.0.9"),
         ];
         let own = node("n1", &addresses);
-        let other =
-            node("n2", &[("Hostname", "N2.example.org."), ("InternalIP", "10.0.0.2"), ("Other", "2001:DB8:0::2")]);
-        Kubelet::read(&spec).map(|kubelet| kubelet.judge(super::addresses(&own), &[own.clone(), other]))
+        let mut known = Known { serving, api_hosts: vec!["api.example.org".into()], ..Known::default() };
+        let all = |node: &Node| super::addresses(node).iter().map(|it| it.address.clone()).collect();
+        known.nodes.apply(Change::Put(("n1".into(), all(&own))));
+        let others = ["N2.example.org.", "10.0.0.2", "2001:DB8:0::2"].map(Into::into);
+        known.nodes.apply(Change::Put(("n2".into(), others.into())));
+        known.ranges.apply(Change::Put(("kubernetes".into(), vec!["10.96.0.0/16".parse().unwrap()])));
+        Kubelet::read(&spec).map(|kubelet| kubelet.judge(super::addresses(&own), &known))
     }
 
-    fn node(name: &str, addresses: &[(&str, &str)]) -> Arc<Node> {
+    fn node(name: &str, addresses: &[(&str, &str)]) -> Node {
         let addresses = addresses.iter().map(|(type_, address)| json!({"type": type_, "address": address}));
         let status = json!({"addresses": addresses.collect::<Vec<_>>()});
         let node =
             json!({"metadata": {"name": name, "uid": "u"}, "spec": {"podCIDR": "10.1.0.0/24"}, "status": status});
-        let mut node = serde_json::from_value(node).unwrap();
-        keep_addresses(&mut node);
-        Arc::new(node)
+        serde_json::from_value(excerpt("/api/v1/nodes/n", &node)).unwrap()
     }
 
     #[track_caller]
@@ -303,6 +290,29 @@ mod tests {
             refused("NAME_NOT_ALLOWED", |case| case.names.push(name.clone()));
         }
         refused("NO_NAME", |case| case.names.clear());
+    }
+
+    #[test]
+    fn what_is_no_nodes_is_refused_whatever_the_nodes_status_says() {
+        for name in [dns("kubernetes.default.svc"), dns("api.example.org"), ip("10.96.0.1"), ip("127.0.0.1")] {
+            let refusal = verdict(|case| case.names.push(name.clone())).unwrap().unwrap_err();
+            assert!(matches!(refusal, Refusal::Reserved { .. }), "{name:?}: {refusal}");
+            assert_eq!(refusal.reason(), "NAME_NOT_ALLOWED");
+        }
+    }
+
+    #[test]
+    fn where_the_operator_lists_what_nodes_have_another_name_is_refused() {
+        let listed = |ranges: &[&str], suffix: &str| KubeletServing {
+            addresses: Some(ranges.iter().map(|it| it.parse().unwrap()).collect()),
+            dns_suffixes: Some(vec![suffix.into()]),
+        };
+        let both = ["10.0.0.0/8", "2001:db8::/32"];
+        assert_eq!(verdict_with(listed(&both, "example.org"), |_| ()), Some(Ok(())));
+        for serving in [listed(&both[..1], "example.org"), listed(&both, "example.com")] {
+            let refusal = verdict_with(serving, |_| ()).unwrap().unwrap_err();
+            assert!(matches!(refusal, Refusal::NotListed { .. }), "{refusal}");
+        }
     }
 
     #[test]

@@ -33,7 +33,10 @@ use tokio::{
 };
 
 use crate::{
-    kubernetes::{ANSWER_WITHIN, TRUST_BUNDLE, TRUST_BUNDLE_KEY, WatchBackoff, label},
+    kubernetes::{
+        ANSWER_WITHIN, MAX_NAMESPACE_BYTES, MAX_TRUST_BUNDLE_BYTES, TRUST_BUNDLE, TRUST_BUNDLE_KEY, WatchBackoff,
+        label, page,
+    },
     x509::Bundle,
 };
 
@@ -80,8 +83,9 @@ impl Publication {
     pub(super) async fn run(mut self) {
         let client = self.client.clone();
         let by_name = watcher::Config::default().fields(&format!("metadata.name={TRUST_BUNDLE}"));
+        let by_name = by_name.page_size(page(MAX_TRUST_BUNDLE_BYTES));
         let mut maps = pin!(watcher(Api::<ConfigMap>::all(client.clone()), by_name).backoff(WatchBackoff::default()));
-        let by_label = watcher::Config::default().labels(WANTED);
+        let by_label = watcher::Config::default().labels(WANTED).page_size(page(MAX_NAMESPACE_BYTES));
         let mut namespaces =
             pin!(watcher(Api::<PartialObjectMeta<Namespace>>::all(client), by_label).backoff(WatchBackoff::default()));
         let mut known = Known { trust_bundles: self.served().await, ..Known::default() };

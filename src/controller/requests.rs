@@ -27,12 +27,15 @@ use super::{
     queue::{Outcome, Queue},
     verdict::{Request, screen},
 };
-use crate::{kubernetes::WatchBackoff, rate::Rate};
+use crate::{
+    kubernetes::{MAX_REQUEST_BYTES, WatchBackoff, page},
+    rate::Rate,
+};
 
 /// Requests answered at a time.
 pub const MAX_UNDER_WAY: usize = 32;
-/// Requests read at a time. Each may have 1.5 MB, whoever made it, and is held more than once while it is read.
-pub const PAGE: u32 = 10;
+/// Requests read at a time.
+pub const PAGE: u32 = page(MAX_REQUEST_BYTES);
 /// The shortest pause between sweeps.
 pub const SWEEP_PAUSE: Duration = Duration::from_secs(5);
 

@@ -17,7 +17,7 @@ use k8s_openapi::api::certificates::v1::{CertificateSigningRequest, CertificateS
 use super::kubelet::{self, Kubelet};
 use crate::{
     attest::{PodFacts, Workload},
-    kubernetes::{annotation, extra, label},
+    kubernetes::{MAX_LABELS, MAX_POD_BYTES, annotation, extra, is_beyond, label},
     policy::{self, Ask, Denial, Grant, PolicySet},
     telemetry::with_causes,
     x509::{Csr, CsrError, Usage, Usages, csr::MAX_PKCS10_BYTES},
@@ -99,9 +99,13 @@ pub(super) struct Approval {
     pub(super) csr: Csr,
 }
 
-/// What is to be judged of `object`; `None` when it is none of ours or has its answer.
+/// What is to be judged of `object`; `None` when it is none of ours, has its answer, or more than is read of one.
 pub(super) fn screen(object: CertificateSigningRequest, rules: &Rules) -> Option<Request> {
     let CertificateSigningRequest { metadata, spec, status } = object;
+    // Of whom and for whom it is nobody has read; no agent makes such a one.
+    if is_beyond(&metadata) {
+        return None;
+    }
     let own = spec.signer_name == rules.signer;
     let foreign = rules.approves.contains(&spec.signer_name);
     let status = status.unwrap_or_default();
@@ -342,6 +346,10 @@ pub(super) enum Refusal {
     AgentGone { agent: PodName },
     #[error("the agent's pod {agent} is another in its {field} than its token says, or is no agent")]
     AgentDiffers { agent: PodName, field: &'static str },
+    #[error(
+        "of pod {pod}, or of its namespace, there is more than is read: at most {MAX_LABELS} labels, and {MAX_POD_BYTES} bytes of labels, addresses and containers; it counts as none"
+    )]
+    PodTooLarge { pod: PodName },
     #[error("pod {pod} is gone: it was deleted, has ended, or never was")]
     PodGone { pod: PodName },
     #[error("pod {pod} is on node {on:?}, and an agent asks only for pods of its own node, here {node:?}")]
@@ -373,6 +381,7 @@ impl Refusal {
             Self::Pkcs10(error) => error.reason(),
             Self::AgentGone { .. } => "AGENT_GONE",
             Self::AgentDiffers { .. } => "AGENT_DIFFERS",
+            Self::PodTooLarge { .. } => "POD_TOO_LARGE",
             Self::PodGone { .. } => "POD_GONE",
             Self::PodElsewhere { .. } => "POD_ON_OTHER_NODE",
             Self::PodDiffers { .. } => "POD_DIFFERS",
@@ -386,7 +395,11 @@ impl Refusal {
     pub(super) fn may_be_early(&self) -> bool {
         matches!(
             self,
-            Self::Policy(_) | Self::PodDiffers { .. } | Self::PodElsewhere { .. } | Self::AgentDiffers { .. }
+            Self::Policy(_)
+                | Self::PodDiffers { .. }
+                | Self::PodElsewhere { .. }
+                | Self::AgentDiffers { .. }
+                | Self::PodTooLarge { .. }
         )
     }
 }

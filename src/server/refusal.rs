@@ -18,6 +18,7 @@
 //! | `PEER_FOREIGN_PID_NAMESPACE`, `PEER_FOREIGN_USER_NAMESPACE`, `PEER_CGROUPS_DISAGREE` | PERMISSION_DENIED | run agent and caller where one kernel view tells of both |
 //! | `PEER_TOO_MANY_GROUPS` | PERMISSION_DENIED | run the caller in fewer groups |
 //! | `POD_CGROUP_UNCLEAR`, `POD_CONTRADICTED` | PERMISSION_DENIED | call from a container that the kubelet started |
+//! | `POD_TOO_LARGE` | PERMISSION_DENIED | give the pod, or its namespace, fewer and shorter labels |
 //! | `POD_GONE` | PERMISSION_DENIED | nothing: the pod has ended |
 //! | `POD_UNKNOWN` | UNAVAILABLE | call again; the message says what the API server has not told |
 //! | `TOKEN_MALFORMED`, `TOKEN_NOT_ACCEPTED`, `TOKEN_NOT_BOUND`, `TOKEN_OF_OTHER_NODE`, `TOKEN_OF_OTHER_POD`, `TOKEN_OUTSIDE_POD` | PERMISSION_DENIED | send the token that the kubelet projects into the calling pod for the agent's audience, or none |

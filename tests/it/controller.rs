@@ -20,6 +20,7 @@ use http::StatusCode;
 use k8s_openapi::api::{
     certificates::v1::{CertificateSigningRequest as Request, ClusterTrustBundle},
     core::v1::{ConfigMap, Namespace, Node, Secret},
+    discovery::v1::EndpointSlice,
     events::v1::Event,
 };
 use kube::{
@@ -218,14 +219,28 @@ async fn a_kubelets_own_serving_certificate_is_approved_where_the_controller_is_
     let node = &deployment.nodes[0];
     let nodes: Api<Node> = Api::all(deployment.admin.clone());
     let (own, others) = (format!("{node}.example.org"), format!("{}.example.org", deployment.nodes[1]));
-    // As the kubelet of the first would write it, to have the other's certificate.
-    for (node, names) in [(node, vec![&own, &others]), (&deployment.nodes[1], vec![&others])] {
-        let addresses: Vec<_> = names.iter().map(|name| json!({"type": "InternalDNS", "address": name})).collect();
+    let user = format!("system:node:{node}");
+    let kubelet = deployment.cluster.access.client(&deployment.cluster.user(&user, Some("system:nodes"))).await;
+    let endpoint = "192.0.2.77";
+    let slice = json!({
+        "metadata": {"namespace": "default", "name": unique("kubernetes"), "labels": {"kubernetes.io/service-name": "kubernetes"}},
+        "addressType": "IPv4",
+        "endpoints": [{"addresses": [endpoint]}],
+    });
+    let slices: Api<EndpointSlice> = Api::namespaced(deployment.admin.clone(), "default");
+    slices.create(&Default::default(), &serde_json::from_value(slice).unwrap()).await.unwrap();
+    let host = deployment.cluster.access.url.strip_prefix("https://").unwrap().split(':').next().unwrap();
+    let claimed =
+        ["10.96.0.1", "10.96.255.7", "169.254.169.254", endpoint, host, "kubernetes.default.svc", "kubernetes"];
+    // The kubelet of the first writes that, to have the certificates of others and of the API server.
+    let lies = Api::<Node>::all(kubelet.clone());
+    let all_lies: Vec<_> = claimed.iter().copied().chain([own.as_str(), &others, "198.51.100.7"]).collect();
+    for (nodes, node, names) in [(&lies, node, all_lies), (&nodes, &deployment.nodes[1], vec![others.as_str()])] {
+        let type_of = |name: &str| if name.parse::<std::net::IpAddr>().is_ok() { "InternalIP" } else { "InternalDNS" };
+        let addresses: Vec<_> = names.iter().map(|name| json!({"type": type_of(name), "address": name})).collect();
         let addresses = json!({"status": {"addresses": addresses}});
         nodes.patch_status(node, &PatchParams::default(), &Patch::Merge(&addresses)).await.unwrap();
     }
-    let user = format!("system:node:{node}");
-    let kubelet = deployment.cluster.access.client(&deployment.cluster.user(&user, Some("system:nodes"))).await;
     let request = |name: &str| {
         json!({"metadata": {"name": unique("kubelet")}, "spec": {
             "request": pkcs10_of(&user, "system:nodes", name),
@@ -239,8 +254,12 @@ async fn a_kubelets_own_serving_certificate_is_approved_where_the_controller_is_
         panic!("it is not signed")
     };
     assert_eq!(approval.reason.as_deref(), Some("NODES_OWN_ADDRESSES"));
-    let words = "\"kubernetes.default.svc\" is no address of Node";
-    denied(deployment.ask(&kubelet, request("kubernetes.default.svc")).await, "NAME_NOT_ALLOWED", words);
+    for name in claimed {
+        denied(deployment.ask(&kubelet, request(name)).await, "NAME_NOT_ALLOWED", &format!("{name:?} is no Node's: "));
+    }
+    let Answer::Signed { .. } = deployment.ask(&kubelet, request("198.51.100.7")).await else {
+        panic!("it is its own")
+    };
     let words = format!("{others:?} is an address of Node {} too", deployment.nodes[1]);
     denied(deployment.ask(&kubelet, request(&others)).await, "NAME_NOT_ALLOWED", &words);
     let requests: Api<Request> = Api::all(deployment.admin.clone());

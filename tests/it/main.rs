@@ -15,6 +15,7 @@ mod disk;
 mod fake_agent;
 mod forged_lines;
 mod freeze;
+mod giants;
 mod health;
 mod help;
 mod host;

@@ -94,7 +94,7 @@ const TABLE: &[(&str, &[&str])] = &[
         ],
     ),
     ("client", &["proto", "socket", "backoff", "telemetry", "text"]),
-    ("config", &["controller", "policy", "signer", "files", "socket", "telemetry", "kubernetes", "trust"]),
+    ("config", &["controller", "policy", "signer", "files", "socket", "telemetry", "kubernetes", "trust", "x509"]),
     ("agent", ANY),
     ("cli", ANY),
     ("main", ANY),

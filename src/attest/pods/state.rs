@@ -11,11 +11,16 @@ use kube::core::PartialObjectMeta;
 
 use super::{
     DELETION_LEEWAY,
-    follow::{Change, Told},
     pod::{ContainerStatus, Pod},
     services::{Services, Touched},
 };
-use crate::attest::{Facts, PodFacts, Workload, cgroup::InPod};
+use crate::{
+    attest::{Facts, PodFacts, Workload, cgroup::InPod},
+    kubernetes::{
+        is_beyond,
+        watch::{Change, Told},
+    },
+};
 
 /// The kubelet puts it on a pod that shows a static one: the UID by which the kubelet knows that.
 const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
@@ -24,8 +29,10 @@ const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
 pub(super) struct State {
     /// By UID.
     pods: HashMap<String, Known>,
-    /// Labels by name.
-    namespaces: HashMap<String, BTreeMap<String, String>>,
+    /// UIDs of pods that have more than is read of one.
+    beyond: HashSet<String>,
+    /// Labels by name; `None` of one that has more than is read.
+    namespaces: HashMap<String, Option<BTreeMap<String, String>>>,
     /// While they are wanted.
     services: Option<Services>,
     told_pods: Told,
@@ -51,8 +58,16 @@ struct Known {
 #[derive(Debug)]
 pub(super) struct Reported {
     uid: String,
-    /// `None` when it has ended, or is on no node yet.
-    live: Option<Live>,
+    is: Life,
+}
+
+#[derive(Debug)]
+enum Life {
+    /// It has ended, or is on no node yet.
+    Not,
+    /// There is more of it than is read.
+    Beyond,
+    Live(Box<Live>),
 }
 
 #[derive(Debug)]
@@ -69,23 +84,29 @@ pub(super) enum Found {
     Live(Arc<Workload>),
     /// Its container is another pod's.
     Contradiction,
+    /// A pod with more than is read of one.
+    Beyond,
     /// Nothing, yet.
     Nothing,
 }
 
-/// A namespace's name and labels.
-pub(super) fn read_namespace(namespace: PartialObjectMeta<Namespace>) -> (String, BTreeMap<String, String>) {
+/// A namespace's name, and its labels if they are read.
+pub(super) fn read_namespace(namespace: PartialObjectMeta<Namespace>) -> (String, Option<BTreeMap<String, String>>) {
     let metadata = namespace.metadata;
-    (metadata.name.unwrap_or_default(), metadata.labels.unwrap_or_default())
+    let beyond = is_beyond(&metadata);
+    (metadata.name.unwrap_or_default(), (!beyond).then(|| metadata.labels.unwrap_or_default()))
 }
 
 /// What is kept of a pod.
 pub(super) fn read_pod(pod: Pod) -> Reported {
     let Pod { metadata, spec, status } = pod;
+    if is_beyond(&metadata) {
+        return Reported { uid: metadata.uid.unwrap_or_default(), is: Life::Beyond };
+    }
     let uid = metadata.uid.unwrap_or_default();
     let ended = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
     let Some(node) = spec.node_name.filter(|node| !node.is_empty() && !ended) else {
-        return Reported { uid, live: None };
+        return Reported { uid, is: Life::Not };
     };
     // In the host's network a pod's addresses are the node's.
     let addresses = if spec.host_network { Vec::new() } else { status.pod_ips };
@@ -108,7 +129,7 @@ pub(super) fn read_pod(pod: Pod) -> Reported {
         // Set to when the grace period ends, not to when it began.
         ends: metadata.deletion_timestamp.map(|time| SystemTime::from(time.0) + DELETION_LEEWAY),
     };
-    Reported { uid, live: Some(live) }
+    Reported { uid, is: Life::Live(Box::new(live)) }
 }
 
 /// The id out of `containerd://<id>`.
@@ -135,15 +156,31 @@ impl State {
             (Some(pod), Some(owner)) if std::ptr::eq(pod, owner) => pod,
             (None, Some(owner)) if owner.mirrors.as_ref() == Some(&process.uid) => owner,
             (_, Some(_)) => return Found::Contradiction,
+            (None, None) if self.beyond.contains(&process.uid) => return Found::Beyond,
             (None, None) => return Found::Nothing,
         };
-        if self.is_live(known, now) { Found::Live(Arc::clone(&known.workload)) } else { Found::Nothing }
+        match self.is_live(known, now) {
+            true => Found::Live(Arc::clone(&known.workload)),
+            false if self.is_in_beyond(known) => Found::Beyond,
+            false => Found::Nothing,
+        }
     }
 
     /// A pod whose namespace is not known could match a selector that its labels rule out.
     fn is_live(&self, known: &Known, now: SystemTime) -> bool {
         let Facts::Pod(facts) = known.workload.facts() else { return false };
-        self.begun && known.ends.is_none_or(|ends| now < ends) && self.namespaces.contains_key(&facts.namespace)
+        let placed = self.namespaces.get(&facts.namespace).is_some_and(Option::is_some);
+        self.begun && known.ends.is_none_or(|ends| now < ends) && placed
+    }
+
+    /// Whether there is more of the pod, or of its namespace, than is read.
+    pub(super) fn is_beyond(&self, uid: &str) -> bool {
+        self.beyond.contains(uid) || self.pods.get(uid).is_some_and(|known| self.is_in_beyond(known))
+    }
+
+    fn is_in_beyond(&self, known: &Known) -> bool {
+        let namespace = known.workload.pod().and_then(|pod| self.namespaces.get(&pod.namespace));
+        namespace.is_some_and(Option::is_none)
     }
 
     pub(super) fn synced(&self) -> bool {
@@ -172,20 +209,21 @@ impl State {
         self.told_pods.heard(&change);
         let changed = match change {
             Change::Put(pod) => self.put(pod),
-            Change::Gone(pod) => self.pods.remove(&pod.uid).is_some(),
+            Change::Gone(pod) => self.forget(&pod.uid),
             Change::All(pods) => {
                 let listed: HashSet<String> = pods.iter().map(|pod| pod.uid.clone()).collect();
                 let before = self.pods.len();
                 self.pods.retain(|uid, _| listed.contains(uid));
                 let gone = self.pods.len() < before;
+                self.beyond.clear();
                 pods.into_iter().fold(gone, |changed, pod| self.put(pod) | changed)
             }
-            Change::Silent(_) => false,
+            Change::Silent(_) | Change::NotServed(_) => false,
         };
         self.began_or(changed)
     }
 
-    pub(super) fn namespaces(&mut self, change: Change<(String, BTreeMap<String, String>)>) -> bool {
+    pub(super) fn namespaces(&mut self, change: Change<(String, Option<BTreeMap<String, String>>)>) -> bool {
         self.told_namespaces.heard(&change);
         let changed = match change {
             Change::Put((name, labels)) => {
@@ -197,7 +235,7 @@ impl State {
                 self.namespaces = namespaces.into_iter().collect();
                 self.refresh(&Touched::All)
             }
-            Change::Silent(_) => false,
+            Change::Silent(_) | Change::NotServed(_) => false,
         };
         self.began_or(changed)
     }
@@ -210,15 +248,32 @@ impl State {
     }
 
     fn put(&mut self, pod: Reported) -> bool {
-        let Some(Live { facts, containers, mirrors, ends }) = pod.live else {
-            return self.pods.remove(&pod.uid).is_some();
+        let Life::Live(live) = pod.is else {
+            let mut changed = self.forget(&pod.uid);
+            if let Life::Beyond = pod.is {
+                changed = true;
+                self.beyond.insert(pod.uid);
+            }
+            return changed;
         };
+        let Live { facts, containers, mirrors, ends } = *live;
+        self.beyond.remove(&pod.uid);
         let facts = Facts::Pod(self.placed(facts));
         let known = self.pods.remove(&pod.uid).map(|known| known.workload).filter(|known| *known.facts() == facts);
         let changed = known.is_none();
         let workload = known.unwrap_or_else(|| Arc::new(Workload { facts }));
         self.pods.insert(pod.uid, Known { workload, containers, mirrors, ends });
         changed
+    }
+
+    fn forget(&mut self, uid: &str) -> bool {
+        self.beyond.remove(uid);
+        self.pods.remove(uid).is_some()
+    }
+
+    /// Whether Services were left out for which there is room now; says so until the next list.
+    pub(super) fn wants_services_again(&self) -> bool {
+        self.services.as_ref().is_some_and(Services::wants_list)
     }
 
     /// Looks again at the pods that something may matter to.
@@ -245,7 +300,7 @@ impl State {
 
     /// The pod among what is known of its namespace.
     fn placed(&self, pod: PodFacts) -> PodFacts {
-        let namespace_labels = self.namespaces.get(&pod.namespace).cloned().unwrap_or_default();
+        let namespace_labels = self.namespaces.get(&pod.namespace).cloned().flatten().unwrap_or_default();
         let services = self.services.as_ref().map(|services| services.of(&pod)).unwrap_or_default();
         PodFacts { namespace_labels, services, ..pod }
     }
@@ -263,7 +318,7 @@ impl Reported {
     /// A pod with these facts, running, of which no container is known.
     pub(super) fn live(facts: PodFacts) -> Self {
         let uid = facts.uid.clone();
-        Self { uid, live: Some(Live { facts, containers: Vec::new(), mirrors: None, ends: None }) }
+        Self { uid, is: Life::Live(Box::new(Live { facts, containers: Vec::new(), mirrors: None, ends: None })) }
     }
 }
 
@@ -274,7 +329,10 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::attest::pods::services::{read_service, read_slice};
+    use crate::{
+        attest::pods::services::{read_service, read_slice},
+        kubernetes::{MAX_LABELS, excerpt},
+    };
 
     const NOW: SystemTime = SystemTime::UNIX_EPOCH;
 
@@ -286,7 +344,7 @@ mod tests {
             "status": {"phase": "Running", "podIPs": [{"ip": "10.0.0.7"}, {"ip": "fd00::7"}]},
         });
         merge(&mut pod, more);
-        read_pod(serde_json::from_value(pod).unwrap())
+        read_pod(serde_json::from_value(excerpt("/api/v1/pods/web", &pod)).unwrap())
     }
 
     fn merge(into: &mut Value, more: Value) {
@@ -319,7 +377,7 @@ mod tests {
     fn listed(pods: Vec<Reported>) -> State {
         let mut state = State::default();
         state.want_services(false);
-        state.namespaces(Change::All(vec![("shop".to_owned(), labels(json!({"tier": "gold"})))]));
+        state.namespaces(Change::All(vec![("shop".to_owned(), Some(labels(json!({"tier": "gold"}))))]));
         state.pods(Change::All(pods));
         state
     }
@@ -332,6 +390,7 @@ mod tests {
         match state.of_process(&process(uid, container), NOW) {
             Found::Live(workload) => Some(workload.pod().unwrap().uid.clone()),
             Found::Contradiction => Some("contradiction".to_owned()),
+            Found::Beyond => Some("beyond".to_owned()),
             Found::Nothing => None,
         }
     }
@@ -369,7 +428,10 @@ mod tests {
         assert!(state.by_uid("u1", NOW).is_none(), "its namespace is not known");
         state.namespaces(Change::Silent("namespaces is forbidden".to_owned()));
         assert_eq!(state.ready().unwrap_err(), "namespaces cannot be listed: namespaces is forbidden");
-        assert!(state.namespaces(Change::All(vec![("shop".to_owned(), BTreeMap::new())])), "those who wait are told");
+        assert!(
+            state.namespaces(Change::All(vec![("shop".to_owned(), Some(BTreeMap::new()))])),
+            "those who wait are told"
+        );
         assert!(state.by_uid("u1", NOW).is_some() && state.synced());
         state.pods(Change::Silent("connection refused".to_owned()));
         assert!(state.by_uid("u1", NOW).is_some() && state.synced(), "what is known stays");
@@ -416,10 +478,10 @@ mod tests {
         let first = state.by_uid("u1", NOW).unwrap();
         let ready = json!({"status": {"conditions": [{"type": "Ready", "status": "True"}]}});
         assert!(!state.pods(Change::Put(pod("u1", json!({"app": "web"}), ready))));
-        assert!(!state.namespaces(Change::Put(("shop".to_owned(), labels(json!({"tier": "gold"}))))));
+        assert!(!state.namespaces(Change::Put(("shop".to_owned(), Some(labels(json!({"tier": "gold"})))))));
         assert!(Arc::ptr_eq(&first, &state.by_uid("u1", NOW).unwrap()));
         assert!(state.pods(Change::Put(pod("u1", json!({"app": "other"}), json!({})))));
-        assert!(state.namespaces(Change::Put(("shop".to_owned(), labels(json!({"tier": "lead"}))))));
+        assert!(state.namespaces(Change::Put(("shop".to_owned(), Some(labels(json!({"tier": "lead"})))))));
         let now = state.by_uid("u1", NOW).unwrap();
         assert_eq!(now.pod().unwrap().labels["app"], "other");
         assert_eq!(now.pod().unwrap().namespace_labels["tier"], "lead");
@@ -450,6 +512,40 @@ mod tests {
     }
 
     #[test]
+    fn a_pod_with_more_than_is_read_of_one_is_none_and_that_is_known_of_it() {
+        let many = |many: usize| (0..many).map(|n| (format!("l{n}"), json!("x"))).collect::<serde_json::Map<_, _>>();
+        let mut state = listed(vec![pod("u1", many(MAX_LABELS).into(), with_containers(&["c1"]))]);
+        assert_eq!(found(&state, "u1", "c1").as_deref(), Some("u1"));
+        assert!(state.pods(Change::Put(pod("u1", many(MAX_LABELS + 1).into(), with_containers(&["c1"])))), "news");
+        assert!(state.by_uid("u1", NOW).is_none() && state.is_beyond("u1"));
+        assert_eq!(found(&state, "u1", "c1").as_deref(), Some("beyond"));
+        state.pods(Change::Put(pod("u1", many(1).into(), json!({}))));
+        assert_eq!((found(&state, "u1", "c1").as_deref(), state.is_beyond("u1")), (Some("u1"), false));
+        state.pods(Change::Put(pod("u1", many(MAX_LABELS + 1).into(), json!({}))));
+        state.pods(Change::Gone(pod("u1", json!({}), json!({}))));
+        assert!(!state.is_beyond("u1"));
+        state.pods(Change::All(vec![
+            pod("u2", many(MAX_LABELS + 1).into(), json!({})),
+            pod("u3", json!({}), json!({})),
+        ]));
+        assert!(state.is_beyond("u2") && state.by_uid("u3", NOW).is_some(), "its neighbour is not touched");
+        state.pods(Change::All(vec![pod("u3", json!({}), json!({}))]));
+        assert!(!state.is_beyond("u2"));
+    }
+
+    #[test]
+    fn in_a_namespace_with_more_than_is_read_of_one_there_is_no_pod_and_that_is_known_of_it() {
+        let labels: serde_json::Map<_, _> = (0..=MAX_LABELS).map(|n| (format!("l{n}"), json!("x"))).collect();
+        let shop = json!({"metadata": {"name": "shop", "labels": labels}});
+        let beyond = read_namespace(serde_json::from_value(excerpt("/api/v1/namespaces/shop", &shop)).unwrap());
+        let mut state = listed(vec![pod("u1", json!({}), json!({}))]);
+        assert!(state.by_uid("u1", NOW).is_some());
+        state.namespaces(Change::Put(beyond));
+        assert!(state.by_uid("u1", NOW).is_none() && state.is_beyond("u1"));
+        assert_eq!(found(&state, "u1", "c1").as_deref(), Some("beyond"));
+    }
+
+    #[test]
     fn a_static_pod_is_known_by_its_mirror_once_the_kubelet_has_named_the_container() {
         let mirror = |containers: &[&str]| {
             let mut more = with_containers(containers);
@@ -468,16 +564,16 @@ mod tests {
         let services = |state: &State| state.by_uid("u1", NOW).unwrap().pod().unwrap().services.clone();
         let service = |namespace: &str, name: &str, spec: Value| {
             let metadata = json!({"namespace": namespace, "name": name});
-            read_service(serde_json::from_value(json!({"metadata": metadata, "spec": spec})).unwrap())
+            let service = json!({"metadata": metadata, "spec": spec});
+            read_service(serde_json::from_value(excerpt("/api/v1/services/s", &service)).unwrap())
         };
         let slice = |service: &str, target: Value| {
             let metadata =
                 json!({"namespace": "shop", "name": "slice", "labels": {"kubernetes.io/service-name": service}});
             let endpoints = json!([{"addresses": ["10.0.0.7"], "targetRef": target}]);
-            read_slice(
-                serde_json::from_value(json!({"metadata": metadata, "addressType": "IPv4", "endpoints": endpoints}))
-                    .unwrap(),
-            )
+            let slice = json!({"metadata": metadata, "addressType": "IPv4", "endpoints": endpoints});
+            let path = "/apis/discovery.k8s.io/v1/endpointslices/slice";
+            read_slice(serde_json::from_value(excerpt(path, &slice)).unwrap())
         };
         let target = json!({"kind": "Pod", "uid": "u1"});
         let mut state = listed(vec![pod("u1", json!({"app": "web", "tier": "front"}), json!({}))]);

@@ -12,6 +12,7 @@ use rcgen::{BasicConstraints, CertificateParams, CustomExtension, DnType, IsCa, 
 
 use super::*;
 use crate::{
+    kubernetes::{MAX_REQUEST_BYTES, excerpt},
     policy::Source,
     x509::{KeyAlgorithm, PrivateKey},
 };
@@ -171,7 +172,9 @@ impl Case {
             agent: ("csrd-system".into(), "csrd-agent".into()),
             kubelet_serving: false,
         };
-        let request = screen(self.object, &rules)?;
+        let path = "/apis/certificates.k8s.io/v1/certificatesigningrequests/csrd-0";
+        let read = excerpt(path, &serde_json::to_value(self.object).unwrap());
+        let request = screen(serde_json::from_value(read).unwrap(), &rules)?;
         let (agent, pod) = (Workload::of_pod(self.agent), Workload::of_pod(self.pod));
         let verdict = match &request.asked {
             Ok(Asked::Pod(claim)) => claim.decide(&agent, &pod, &rules, &policies()),
@@ -300,4 +303,14 @@ fn the_trace_of_the_issuance_is_taken_over_within_bounds() {
     assert_eq!(approved(|case| case.annotate(annotation::TRACEPARENT, trace)).0.traceparent.as_deref(), Some(trace));
     let long = "0".repeat(MAX_ANNOTATION_BYTES + 1);
     assert_eq!(approved(|case| case.annotate(annotation::TRACEPARENT, &long)).0.traceparent, None);
+}
+
+#[test]
+fn a_request_with_more_than_is_read_of_one_is_left_alone() {
+    let mut case = Case::good();
+    case.object.spec.groups.as_mut().unwrap().push("x".repeat(MAX_REQUEST_BYTES));
+    assert!(case.verdict().is_none());
+    let mut case = Case::good();
+    case.annotate("example.org/not-looked-at", &"x".repeat(MAX_REQUEST_BYTES));
+    assert!(case.verdict().unwrap().1.is_ok(), "of what is not looked at there may be any amount");
 }

@@ -33,9 +33,9 @@ fn lasting(users: Range<u32>, lifetime: &str) -> Arc<PolicySet> {
 /// Asks for new certificates without pause.
 async fn ask_without_pause(hub: Hub, uid: u32) {
     loop {
-        match hub.issue(Arc::new(Workload::of_uid(uid)), ask("flood.example.org"), None, Arc::new(|_| {})).await {
-            Err(HubError::RateLimited { retry_after }) => sleep(retry_after).await,
-            Ok(_) | Err(_) => {}
+        let asked = hub.issue(Arc::new(Workload::of_uid(uid)), ask("flood.example.org"), None, Arc::new(|_| {})).await;
+        if let Err(HubError::RateLimited { retry_after }) = asked {
+            sleep(retry_after).await;
         }
     }
 }
@@ -141,7 +141,8 @@ async fn a_renewal_waits_for_one_turn_of_each_principal_in_either_lane_and_no_mo
     let left = TEN_MINUTES.mul_f64(1.0 - RENEW_WINDOW.1);
     let bound = Duration::from_secs(u64::from(2 * PRINCIPALS)) / ALL.per_second.get();
     assert!(bound < left, "{bound:?} of {left:?}");
-    let rows: [(&str, fn(u64) -> Habit); 4] = [
+    type Habits = fn(u64) -> Habit;
+    let rows: [(&str, Habits); 4] = [
         ("all ask", |_| ASKS),
         ("all renew in a hurry", |_| PRESSES),
         ("half and half", |principal| if principal % 2 == 0 { ASKS } else { PRESSES }),

@@ -19,12 +19,12 @@ use super::{Client, Did, Orders, connect};
 pub(super) const PER_CONNECTION: usize = 64;
 
 /// Keeps `many` calls under way until the time is over.
-async fn flood<F: Future<Output = Result<(), Status>> + Send>(
+async fn flood<F>(
     orders: &Orders,
     call: impl Fn(Client, u64) -> F + Clone + Send + 'static,
 ) -> Did
 where
-    F: 'static,
+    F: Future<Output = Result<(), Status>> + Send + 'static,
 {
     static NUMBER: AtomicU64 = AtomicU64::new(0);
     let mut tasks = JoinSet::new();

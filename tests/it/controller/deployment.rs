@@ -161,10 +161,11 @@ impl<'a> Deployment<'a> {
         timeout(NEVER, said).await.expect("the policy's status")
     }
 
-    /// Lets the controller approve for a signer of others, and follow nodes.
+    /// Lets the controller approve for a signer of others, and follow nodes and the ranges of Services.
     pub(crate) async fn let_approve(&self, signer: &str) {
         let rules = json!([{"apiGroups": ["certificates.k8s.io"], "resources": ["signers"], "resourceNames": [signer], "verbs": ["approve"]},
-            {"apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "list", "watch"]}]);
+            {"apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "list", "watch"]},
+            {"apiGroups": ["networking.k8s.io"], "resources": ["servicecidrs"], "verbs": ["list", "watch"]}]);
         self.allow("csrd-controller", rules).await;
     }
 
@@ -261,6 +262,11 @@ impl<'a> Deployment<'a> {
 }
 
 impl Controller {
+    /// Its process.
+    pub(crate) fn id(&self) -> u32 {
+        self.process.id()
+    }
+
     pub(crate) fn said(&self) -> String {
         fs::read_to_string(&self.log).unwrap()
     }
@@ -302,7 +308,7 @@ pub(crate) async fn make(client: &Client, request: Value) -> kube::Result<Reques
     Api::all(client.clone()).create(&PostParams::default(), &serde_json::from_value(request).unwrap()).await
 }
 
-/// A PKCS#10 request with one URI, or DNS name, and a key of its own.
+/// A PKCS#10 request with one URI, IP address or DNS name, and a key of its own.
 pub(crate) fn pkcs10(name: &str) -> ByteString {
     request_for(DistinguishedName::new(), name)
 }
@@ -318,9 +324,10 @@ pub(crate) fn pkcs10_of(user: &str, group: &str, name: &str) -> ByteString {
 fn request_for(subject: DistinguishedName, name: &str) -> ByteString {
     let mut params = CertificateParams::default();
     params.distinguished_name = subject;
-    params.subject_alt_names = vec![match name.contains("://") {
-        true => SanType::URI(name.try_into().unwrap()),
-        false => SanType::DnsName(name.try_into().unwrap()),
+    params.subject_alt_names = vec![match (name.contains("://"), name.parse()) {
+        (true, _) => SanType::URI(name.try_into().unwrap()),
+        (false, Ok(address)) => SanType::IpAddress(address),
+        (false, Err(_)) => SanType::DnsName(name.try_into().unwrap()),
     }];
     let key = KeyPair::generate().unwrap();
     ByteString(params.serialize_request(&key).unwrap().pem().unwrap().into_bytes())
@@ -354,7 +361,7 @@ fn controller_rules(signer: &str) -> Value {
     json!([
         {"apiGroups": [certificates], "resources": ["certificatesigningrequests"], "verbs": ["get", "list", "watch"]},
         {"apiGroups": [certificates], "resources": ["certificatesigningrequests/approval"], "verbs": ["patch"]},
-        {"apiGroups": [certificates], "resources": ["certificatesigningrequests/status"], "verbs": ["patch", "update"]},
+        {"apiGroups": [certificates], "resources": ["certificatesigningrequests/status"], "verbs": ["patch"]},
         {"apiGroups": [certificates], "resources": ["signers"], "resourceNames": [signer], "verbs": ["approve", "sign", "attest"]},
         {"apiGroups": [certificates], "resources": ["clustertrustbundles"], "verbs": ["list", "watch", "create", "patch"]},
         {"apiGroups": ["csrd.dev"], "resources": ["certificatepolicies"], "verbs": ["list", "watch"]},

@@ -12,11 +12,11 @@ use kube::{
 };
 use serde::de::DeserializeOwned;
 
-use crate::kubernetes::{self, WatchBackoff};
+use super::WatchBackoff;
 
 /// What has happened to objects of one kind.
 #[derive(Debug)]
-pub(super) enum Change<T> {
+pub enum Change<T> {
     /// One is new or other than it was.
     Put(T),
     /// One is gone.
@@ -25,11 +25,13 @@ pub(super) enum Change<T> {
     All(Vec<T>),
     /// The API server does not say, for this reason; what is known stays.
     Silent(String),
+    /// The API server does not serve this kind, as it says in these words.
+    NotServed(String),
 }
 
 /// What has come of one watch.
 #[derive(Debug, Default)]
-pub(super) struct Told {
+pub struct Told {
     /// Whether all has been listed once.
     listed: bool,
     /// Why nothing comes, if nothing does.
@@ -37,7 +39,7 @@ pub(super) struct Told {
 }
 
 /// Hands over each change, for ever. Each object is cut down by `read` as soon as it arrives.
-pub(super) async fn follow<K, T>(
+pub async fn follow<K, T>(
     api: Api<K>,
     config: watcher::Config,
     backoff: WatchBackoff,
@@ -69,19 +71,27 @@ pub(super) async fn follow<K, T>(
                 if !std::mem::replace(&mut silent, true) {
                     tracing::warn!(%what, reason, "the API server does not tell; what is known stays");
                 }
-                apply(Change::Silent(reason));
+                apply(if is_not_served(&error) { Change::NotServed(reason) } else { Change::Silent(reason) });
             }
         }
     }
 }
 
 impl Told {
-    pub(super) fn heard<T>(&mut self, change: &Change<T>) {
+    /// Takes in a change.
+    pub fn heard<T>(&mut self, change: &Change<T>) {
         self.listed |= matches!(change, Change::All(_));
-        self.silent = if let Change::Silent(reason) = change { Some(reason.clone()) } else { None };
+        self.silent = match change {
+            Change::Silent(reason) | Change::NotServed(reason) => Some(reason.clone()),
+            Change::Put(_) | Change::Gone(_) | Change::All(_) => None,
+        };
     }
 
-    pub(super) fn ready(&self, what: &str) -> Result<(), String> {
+    /// Whether all has been listed once.
+    ///
+    /// # Errors
+    /// Why not, `what` being the subject of the sentence.
+    pub fn ready(&self, what: &str) -> Result<(), String> {
         match &self.silent {
             _ if self.listed => Ok(()),
             Some(reason) => Err(format!("{what} cannot be listed: {reason}")),
@@ -90,12 +100,16 @@ impl Told {
     }
 }
 
+fn is_not_served(error: &watcher::Error) -> bool {
+    matches!(error, watcher::Error::InitialListFailed(kube::Error::Api(status)) if status.code == 404)
+}
+
 /// What the API server said, and what is missing if it forbids.
 fn said(error: &watcher::Error, group: &str, what: &str) -> String {
     use watcher::Error::{InitialListFailed, NoResourceVersion, WatchError, WatchFailed, WatchStartFailed};
     match error {
         InitialListFailed(error) | WatchStartFailed(error) | WatchFailed(error) => {
-            let said = kubernetes::said(error);
+            let said = super::said(error);
             match error {
                 kube::Error::Api(status) if status.is_forbidden() => format!(
                     "{said}; the ClusterRole needs {{apiGroups: [{group:?}], resources: [{what}], verbs: [list, watch]}}"

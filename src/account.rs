@@ -37,7 +37,7 @@ use self::{
 pub use self::{
     limits::{CALL_BYTES, CONNECTION_BYTES, ENTRY_BYTES, Limits, OWN_BYTES},
     memory::memory_limit,
-    pace::{LINES_PER_SECOND, Pace},
+    pace::{LINES_PER_SECOND, Line, Pace},
 };
 use crate::metrics::Metrics;
 
@@ -263,9 +263,8 @@ impl Account {
         self.lock().paces.spend(pace, principal, 1);
     }
 
-    /// Whether `principal` may make the agent write a log line now: `Some` of how many were left out since the last one
-    /// that was written, whoever caused them.
-    pub fn line(&self, principal: Principal) -> Option<u64> {
+    /// Whether `principal` may make the agent write a log line now.
+    pub fn line(&self, principal: Principal) -> Option<Line> {
         let books = &mut *self.lock();
         books.lines.next(&mut books.paces, principal)
     }

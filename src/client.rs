@@ -12,6 +12,8 @@ mod subscription;
 
 use std::{error::Error as _, time::Duration};
 
+use hyper_util::rt::TokioIo;
+use tokio::{net::UnixStream, time::sleep};
 use tonic::{
     Request, Status, Streaming,
     transport::{Channel, Endpoint},
@@ -35,6 +37,11 @@ use crate::{
 };
 
 pub use tonic::Code;
+
+/// How often a connection is tried while the agent has more to accept than the kernel lines up.
+const CONNECT_TRIES: u32 = 100;
+/// The time between two of them.
+const CONNECT_PAUSE: Duration = Duration::from_millis(20);
 
 /// Why a call failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -84,6 +91,21 @@ pub enum Health {
     NotServing(String),
 }
 
+/// Connects to the agent. While more wait for it than the kernel lines up, a socket that does not block is told EAGAIN
+/// (unix(7)), and the connection is tried again.
+async fn connect(socket: SocketPath) -> io::Result<TokioIo<UnixStream>> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match UnixStream::connect(socket.as_path()).await {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && tries < CONNECT_TRIES => {
+                sleep(CONNECT_PAUSE).await;
+            }
+            done => return done.map(TokioIo::new),
+        }
+    }
+}
+
 /// A connection to the agent, made when it is first used.
 #[derive(Clone, Debug)]
 pub struct Client {
@@ -94,8 +116,11 @@ pub struct Client {
 impl Client {
     /// A client of the agent at `socket`. Must be called within a tokio runtime.
     pub fn new(socket: SocketPath) -> Self {
-        let endpoint = Endpoint::from_shared(format!("unix://{socket}")).expect("an absolute path is a unix address");
-        Self { channel: endpoint.connect_lazy(), socket }
+        let path = socket.clone();
+        let connector = tower::service_fn(move |_| connect(path.clone()));
+        // The authority that tonic gives a unix socket itself.
+        let endpoint = Endpoint::from_static("http://tonic");
+        Self { channel: endpoint.connect_with_connector_lazy(connector), socket }
     }
 
     /// How the agent sees this process.
@@ -219,6 +244,31 @@ mod tests {
     use tonic_types::ErrorDetails;
 
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_is_tried_again_while_the_agent_has_more_to_accept_than_the_kernel_lines_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let listener = tokio::net::UnixListener::bind(&path).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let mut waiting = Vec::new();
+        let full = loop {
+            match UnixStream::connect(&path).await {
+                Ok(stream) => waiting.push(stream),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
+        let socket: SocketPath = path.to_str().unwrap().parse().unwrap();
+        let given_up = connect(socket.clone()).await.map(drop).expect_err("nobody accepts");
+        assert_eq!(given_up.kind(), io::ErrorKind::WouldBlock);
+        let late = async {
+            sleep(CONNECT_PAUSE * (CONNECT_TRIES / 2)).await;
+            listener.accept().await.unwrap()
+        };
+        let (connected, _) = tokio::join!(connect(socket), late);
+        connected.expect("somebody does");
+    }
 
     #[tokio::test]
     async fn a_status_keeps_its_reason_only_from_our_domain() {

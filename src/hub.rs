@@ -30,7 +30,7 @@ use rand::{SeedableRng as _, rngs::StdRng};
 use tokio::sync::{Notify, watch};
 
 use crate::{
-    account::{Account, Full, Principal},
+    account::{Account, Full, Line, Principal},
     attest::{Pods, Workload},
     clock::Clock,
     issue::IssueError,
@@ -283,7 +283,7 @@ impl Hub {
             }
             Err(denial) => {
                 self.0.metrics.decisions.bad(denial.reason());
-                if let Some(left_out) = self.0.account.line(workload.principal()) {
+                if let Some(Line { left_out }) = self.0.account.line(workload.principal()) {
                     tracing::info!(%workload, reason = denial.reason(), %denial, left_out, "denied");
                 }
                 Err(HubError::Denied(Arc::new(denial)))

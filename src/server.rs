@@ -36,7 +36,7 @@ use tonic::{Status, body::Body, service::Routes};
 use tower::Service as _;
 
 use crate::{
-    account::{Account, Kind, OpenCall, Pace, Place, Principal, Seat},
+    account::{Account, Kind, Line, OpenCall, Pace, Place, Principal, Seat},
     attest::{AttestError, Attestor, Caller, Peer, PeerStream, Token, TokenError, Workload},
     hub::Hub,
     metrics::{ConnectionRefused, Metrics, counted},
@@ -351,7 +351,7 @@ impl Connection {
 /// Counts and logs a caller that cannot be attested; returns what it is told.
 fn refused(metrics: &Metrics, seat: &Seat, error: &AttestError) -> Refusal {
     metrics.attest.bad(error.reason());
-    if let Some(left_out) = seat.account().line(seat.principal()) {
+    if let Some(Line { left_out }) = seat.account().line(seat.principal()) {
         tracing::warn!(reason = error.reason(), %error, left_out, "caller refused");
     }
     Refusal::from(error)

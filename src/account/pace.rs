@@ -64,6 +64,13 @@ impl Paces {
     }
 }
 
+/// A line of the log that may be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// How many were left out since the last one that was written, of all principals; `None` for none.
+    pub left_out: Option<u64>,
+}
+
 /// The log: which lines that callers cause are written.
 pub(super) struct Lines {
     all: Buckets<()>,
@@ -75,15 +82,16 @@ impl Lines {
         Self { all: Buckets::new((LINES_PER_SECOND, LINES_BURST)), left_out: 0 }
     }
 
-    /// Whether one of `principal` is written, and then how many were not since the last one that was.
-    pub(super) fn next(&mut self, paces: &mut Paces, principal: Principal) -> Option<u64> {
+    /// A line of `principal`, if it may be written.
+    pub(super) fn next(&mut self, paces: &mut Paces, principal: Principal) -> Option<Line> {
         if !paces.wait(Pace::Lines, principal, 1).is_zero() || !self.all.wait((), 1).is_zero() {
             self.left_out += 1;
             return None;
         }
         paces.spend(Pace::Lines, principal, 1);
         self.all.spend((), 1);
-        Some(std::mem::take(&mut self.left_out))
+        let left_out = std::mem::take(&mut self.left_out);
+        Some(Line { left_out: (left_out > 0).then_some(left_out) })
     }
 }
 

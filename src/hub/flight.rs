@@ -13,7 +13,7 @@ use tracing::Instrument as _;
 
 use super::{FLIGHT_TIMEOUT, Hub, HubError, MAX_SLEEP, STOP_GRACE, Step, entry::Flight};
 use crate::{
-    account::{Account, Principal},
+    account::{Account, Line, Principal},
     attest::{Pods, Workload},
     issue::{self, Credential},
     metrics::Metrics,
@@ -170,7 +170,7 @@ impl Hub {
         for id in state.entries.keys().copied().collect::<Vec<_>>() {
             let principal = state.entries.get(&id).map(|entry| entry.workload.principal());
             if let Some(lost) = self.revise(&mut state, id)
-                && let Some(left_out) = principal.and_then(|principal| self.0.account.line(principal))
+                && let Some(Line { left_out }) = principal.and_then(|principal| self.0.account.line(principal))
             {
                 tracing::info!(reason = lost.reason(), left_out, "a credential lost its right");
             }
@@ -204,7 +204,7 @@ fn report(
     } else if let (Err(error), Some(metrics)) = (outcome, renewal) {
         metrics.renewals.bad(error.reason());
     }
-    let Some(left_out) = account.line(workload.principal()) else { return };
+    let Some(Line { left_out }) = account.line(workload.principal()) else { return };
     match (outcome, renewal.is_some()) {
         (Ok(_), false) => tracing::info!(%workload, signer, left_out, "certificate issued"),
         (Ok(_), true) => tracing::info!(%workload, signer, left_out, "certificate renewed"),

@@ -11,7 +11,7 @@ use prost_types::{Any, value::Kind};
 use tonic::Code;
 
 use crate::{
-    account::{Account, Pace, Principal},
+    account::{Account, Line, Pace, Principal},
     hub::Live,
     proto::{
         envoy::{
@@ -98,7 +98,7 @@ impl Secrets {
     /// The Envoy refuses an update, and says why in words of its own. It is counted as a refusal of ours is.
     pub(super) fn update_refused(&self, error: &rpc::Status) -> Result<(), Refusal> {
         self.account.check(Pace::Refusals, self.principal, 1).map_err(Refusal::too_many_refusals)?;
-        if let Some(left_out) = self.account.line(self.principal) {
+        if let Some(Line { left_out }) = self.account.line(self.principal) {
             let reason: String = error.message.chars().take(MAX_LOGGED_CHARS).collect();
             tracing::warn!(
                 code = error.code,

@@ -19,10 +19,7 @@ use super::{Client, Did, Orders, connect};
 pub(super) const PER_CONNECTION: usize = 64;
 
 /// Keeps `many` calls under way until the time is over.
-async fn flood<F>(
-    orders: &Orders,
-    call: impl Fn(Client, u64) -> F + Clone + Send + 'static,
-) -> Did
+async fn flood<F>(orders: &Orders, call: impl Fn(Client, u64) -> F + Clone + Send + 'static) -> Did
 where
     F: Future<Output = Result<(), Status>> + Send + 'static,
 {

@@ -10,7 +10,7 @@ pub mod output;
 pub mod sink;
 mod subscription;
 
-use std::{error::Error as _, time::Duration};
+use std::{error::Error as _, io, time::Duration};
 
 use hyper_util::rt::TokioIo;
 use tokio::{net::UnixStream, time::sleep};

@@ -132,7 +132,8 @@ struct Shared {
 
 struct Books {
     ledgers: [Ledger; Kind::ALL.len()],
-    seats: HashMap<Principal, Vec<Mark>>,
+    /// Each principal's connections, by their numbers.
+    seats: HashMap<Principal, HashMap<u64, Mark>>,
     counter: u64,
     paces: Paces,
     lines: Lines,
@@ -147,7 +148,6 @@ struct Ledger {
 
 /// A connection as the account sees it.
 struct Mark {
-    number: u64,
     /// Everything that is held for it.
     bytes: usize,
     /// Calls under way on it.
@@ -233,9 +233,8 @@ impl Account {
         }
         books.counter += 1;
         let (number, given_up) = (books.counter, CancellationToken::new());
-        let mark =
-            Mark { number, bytes: CONNECTION_BYTES, calls: 0, active: Instant::now(), given_up: given_up.clone() };
-        books.seats.entry(principal).or_default().push(mark);
+        let mark = Mark { bytes: CONNECTION_BYTES, calls: 0, active: Instant::now(), given_up: given_up.clone() };
+        books.seats.entry(principal).or_default().insert(number, mark);
         Ok(Arc::new(Seat { account: self.clone(), principal, number, given_up }))
     }
 
@@ -316,8 +315,10 @@ impl Account {
         let Some(most) = most else { return false };
         let largest = holders.iter().filter(|(it, held)| **it != for_whom && **held == most).map(|(it, _)| *it);
         let marks = largest.flat_map(|it| books.seats.get(&it).into_iter().flatten().map(move |mark| (it, mark)));
-        let idlest = marks.min_by_key(|(_, mark)| (mark.calls > 0, mark.active));
-        let Some((principal, number)) = idlest.map(|(principal, mark)| (principal, mark.number)) else { return false };
+        let idlest = marks.min_by_key(|(_, (_, mark))| (mark.calls > 0, mark.active));
+        let Some((principal, number)) = idlest.map(|(principal, (number, _))| (principal, *number)) else {
+            return false;
+        };
         if let Some(mark) = self.unseat(books, principal, number) {
             mark.given_up.cancel();
         }
@@ -327,8 +328,7 @@ impl Account {
     /// Forgets a connection and gives back all that was held for it.
     fn unseat(&self, books: &mut Books, principal: Principal, number: u64) -> Option<Mark> {
         let marks = books.seats.get_mut(&principal)?;
-        let position = marks.iter().position(|mark| mark.number == number)?;
-        let mark = marks.swap_remove(position);
+        let mark = marks.remove(&number)?;
         if marks.is_empty() {
             books.seats.remove(&principal);
         }
@@ -407,7 +407,7 @@ impl Seat {
     }
 
     fn mark<'a>(&self, books: &'a mut Books) -> Option<&'a mut Mark> {
-        books.seats.get_mut(&self.principal)?.iter_mut().find(|mark| mark.number == self.number)
+        books.seats.get_mut(&self.principal)?.get_mut(&self.number)
     }
 }
 

@@ -8,7 +8,9 @@
 //! 2. While there is room, nobody is asked to give anything up.
 //! 3. When there is none, a principal that holds less than the largest holder gets what it asks for, and the largest
 //!    holder gives up its idlest. A principal that holds nothing always gets a first place.
-//! 4. Root and the agent's own user have [`Limits::RESERVE`] of every kind besides.
+//! 4. A principal that holds few gives none up to one that holds some already: small holders would take from each other
+//!    without end. One that had to give up a connection, or found no place for one, pays for it in its pace of connects.
+//! 5. Root and the agent's own user have [`Limits::RESERVE`] of every kind besides.
 //!
 //! The totals follow from the memory limit and the descriptors that the agent finds at its start; see [`Limits::of`].
 //! Deliberately not here: who a principal is (`attest` says so), and turns at a signer (the hub's queue).
@@ -41,6 +43,8 @@ pub use self::{
 };
 use crate::metrics::Metrics;
 
+/// What a connection that is given up, or finds no place, costs its principal in its pace of connects: a second's worth.
+const NO_PLACE_COST: usize = 200;
 /// Connections that are closed at most to make room for one more.
 const GIVEN_UP_AT_ONCE_MAX: usize = 64;
 
@@ -226,11 +230,9 @@ impl Account {
     /// [`Full::Own`] or [`Full::All`].
     pub fn seat(&self, principal: Principal) -> Result<Arc<Seat>, Full> {
         let mut books = self.lock();
-        self.make_room(&mut books, Kind::Connections, principal, 1)?;
-        if let Err(full) = self.make_room(&mut books, Kind::Bytes, principal, CONNECTION_BYTES) {
-            self.remove(&mut books, Kind::Connections, principal, 1);
-            return Err(full);
-        }
+        self.room_for_seat(&mut books, principal).inspect_err(|_| {
+            books.paces.spend(Pace::Connects, principal, NO_PLACE_COST);
+        })?;
         books.counter += 1;
         let (number, given_up) = (books.counter, CancellationToken::new());
         let mark = Mark { bytes: CONNECTION_BYTES, calls: 0, active: Instant::now(), given_up: given_up.clone() };
@@ -266,6 +268,12 @@ impl Account {
     pub fn line(&self, principal: Principal) -> Option<Line> {
         let books = &mut *self.lock();
         books.lines.next(&mut books.paces, principal)
+    }
+
+    fn room_for_seat(&self, books: &mut Books, principal: Principal) -> Result<(), Full> {
+        self.make_room(books, Kind::Connections, principal, 1)?;
+        let bytes = self.make_room(books, Kind::Bytes, principal, CONNECTION_BYTES);
+        bytes.inspect_err(|_| self.remove(books, Kind::Connections, principal, 1))
     }
 
     /// Takes `amount`, and asks the largest holders to give up their idlest connections for it.
@@ -305,7 +313,7 @@ impl Account {
     fn bound(&self, kind: Kind, principal: Principal) -> Bound {
         let bound = self.0.limits.bound(kind);
         let reserve = if self.0.operators.contains(&principal) { Limits::reserve(bound.total) } else { 0 };
-        Bound { total: bound.total.saturating_add(reserve), each: bound.each }
+        Bound { total: bound.total.saturating_add(reserve), ..bound }
     }
 
     /// Ends the idlest connection of those that hold most of `kind`; false if they have none.
@@ -321,6 +329,7 @@ impl Account {
         };
         if let Some(mark) = self.unseat(books, principal, number) {
             mark.given_up.cancel();
+            books.paces.spend(Pace::Connects, principal, NO_PLACE_COST);
         }
         true
     }
@@ -354,7 +363,7 @@ impl Ledger {
         }
         let others = self.holders.iter().filter(|(it, _)| **it != principal);
         match others.max_by_key(|(_, held)| **held) {
-            Some((largest, held)) if own == 0 || *held > own + amount => Err(Full::Of(*largest)),
+            Some((largest, held)) if own == 0 || *held > bound.few.max(own + amount) => Err(Full::Of(*largest)),
             _ => Err(Full::All { held: self.held, max: bound.total }),
         }
     }

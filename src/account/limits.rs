@@ -16,6 +16,8 @@ const MAX_ARRIVING_PER_PRINCIPAL: usize = 256;
 const MAX_ENTRIES_PER_PRINCIPAL: usize = 2048;
 /// Entries of all principals, however much memory there is.
 const MAX_ENTRIES: usize = 32_768;
+/// Connections with a call, or entries, that are few for one principal.
+const FEW: usize = 4;
 /// Refusals of one principal at once, before its calls have to wait.
 const REFUSALS_BURST: u32 = 400;
 
@@ -57,6 +59,8 @@ pub struct Limits {
 pub(super) struct Bound {
     pub(super) total: usize,
     pub(super) each: usize,
+    /// What is few to hold.
+    pub(super) few: usize,
 }
 
 impl Limits {
@@ -102,7 +106,8 @@ impl Limits {
             Kind::Arriving => (usize::MAX, self.arriving_per_principal),
             Kind::Entries => (self.entries, self.entries_per_principal),
         };
-        Bound { total, each }
+        let few = if kind == Kind::Bytes { FEW * (CONNECTION_BYTES + CALL_BYTES) } else { FEW };
+        Bound { total, each, few }
     }
 }
 

@@ -10,7 +10,7 @@ use super::{Limits, Principal};
 /// Log lines a second that callers can cause, in the long run, all together.
 pub const LINES_PER_SECOND: u32 = 40;
 /// Log lines at once that callers can cause.
-const LINES_BURST: u32 = 80;
+const LINES_BURST: u32 = 40;
 /// Principals remembered for one pace, at least, before those that owe nothing are dropped.
 const SWEEP_ABOVE: usize = 1024;
 

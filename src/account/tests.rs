@@ -100,19 +100,42 @@ fn root_and_the_agents_user_have_places_of_their_own_and_nobody_else_has() {
 
 #[test]
 fn bytes_are_shared_as_connections_are_and_end_with_their_connection() {
-    let bytes = 4 * CONNECTION_BYTES;
+    let bytes = 16 * CONNECTION_BYTES;
     let account = account(Limits { bytes, bytes_per_principal: bytes, connections: 10, ..limits() });
     let greedy = [account.seat(ONE).unwrap(), account.seat(ONE).unwrap()];
-    let held = greedy[1].hold(CONNECTION_BYTES).unwrap();
+    let held = [greedy[0].hold(5 * CONNECTION_BYTES).unwrap(), greedy[1].hold(8 * CONNECTION_BYTES).unwrap()];
     let newcomer = account.seat(TWO).expect("the last of the room");
     let one_past = greedy[0].hold(1).unwrap_err();
     assert_eq!(one_past, Full::All { held: bytes, max: bytes }, "the largest holder gets no more");
-    let more = newcomer.hold(CONNECTION_BYTES).expect("half of it for each");
+    let more = newcomer.hold(CONNECTION_BYTES).expect("the other holds more");
     assert_eq!([is_given_up(&greedy[0]), is_given_up(&greedy[1])], [true, false], "the idlest");
-    assert!(newcomer.hold(1).is_err());
     assert!(greedy[0].hold(1).is_err(), "nothing is held for a connection that was given up");
     drop((greedy, held, newcomer, more));
     check_clean(&account);
+}
+
+#[test]
+fn whoever_holds_few_gives_none_up_to_one_that_holds_some() {
+    let few = 4;
+    for (holds, gives) in [(few, false), (few + 1, true)] {
+        let account = account(Limits { connections: holds + 1, connections_per_principal: 10, ..limits() });
+        let largest: Vec<_> = (0..holds).map(|_| account.seat(ONE).unwrap()).collect();
+        let _first = account.seat(TWO).unwrap();
+        assert_eq!(account.seat(TWO).is_ok(), gives, "{holds}");
+        let _none = account.seat(Principal::user(3)).expect("one that holds nothing gets a first all the same");
+        assert!(largest.iter().any(|seat| is_given_up(seat)));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_that_is_given_up_or_finds_no_place_costs_its_principal_a_seconds_worth_of_connects() {
+    let account = account(Limits { connections: 1, ..limits() });
+    let _given_up = account.seat(ONE).unwrap();
+    let _first = account.seat(TWO).unwrap();
+    assert!(account.seat(TWO).is_err());
+    for principal in [ONE, TWO] {
+        assert_eq!((0..1000).filter(|_| account.check(Pace::Connects, principal, 1).is_ok()).count(), 800);
+    }
 }
 
 #[test]
@@ -185,7 +208,7 @@ async fn one_principal_writes_few_lines_and_all_together_no_more_than_the_bound(
         tokio::time::sleep(Duration::from_secs(1)).await;
         written += (10..1010).filter(|uid| account.line(Principal::user(*uid)).is_some()).count();
     }
-    let most = 80 + 10 * LINES_PER_SECOND as usize;
+    let most = 40 + 10 * LINES_PER_SECOND as usize;
     assert!((10 * LINES_PER_SECOND as usize..=most).contains(&written), "{written}");
 }
 

@@ -19,7 +19,10 @@ use tokio::{
     time::sleep,
 };
 
-use crate::{cgroup::Cgroup, log::Log};
+use crate::{
+    cgroup::{self, Cgroup},
+    log::Log,
+};
 
 /// The agent's user, as csrd is of the shipped unit.
 const USER: u32 = 3900;
@@ -105,6 +108,10 @@ impl Agent {
         command.arg("--policy").arg(path("policies")).arg("--admin").arg(admin.to_string());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).kill_on_drop(true);
         let child = command.spawn().context("starting the agent")?;
+        // Of cgroup v2 it has one already, with the memory limit.
+        if Path::new("/sys/fs/cgroup/cpu").exists() {
+            cgroup::share(cgroup::AGENT, child.id());
+        }
         let log = Log::follow(&path("log"))?;
         let place = Place { program: path("csrd"), attacker: path("attacks"), socket: path("run/s"), admin };
         let mut agent = Self { child, cgroup, folder, place, log, peak_kib: 0 };

@@ -12,6 +12,7 @@ use tokio::{
 use crate::{
     act::{self, Did},
     agent::{NEIGHBOUR, Place},
+    cgroup,
     neighbour::{READY, Report},
 };
 
@@ -51,7 +52,9 @@ impl Group {
         for number in 0..self.processes {
             let user = (self.first_uid + number, self.gid);
             let child = command(place, self.part, user, time, self.many).stdin(begin.try_clone()?).spawn();
-            started.push(child.with_context(|| format!("starting {} number {number}", self.part))?);
+            let child = child.with_context(|| format!("starting {} number {number}", self.part))?;
+            cgroup::share(cgroup::ATTACKERS, child.id());
+            started.push(child);
             if number % BATCH == BATCH - 1 {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
@@ -85,6 +88,7 @@ impl Neighbour {
     pub(crate) async fn start(place: &Place, begin: &PipeReader, time: Duration) -> anyhow::Result<Self> {
         let mut child =
             command(place, "neighbour", (NEIGHBOUR, NEIGHBOUR), time, 0).stdin(begin.try_clone()?).spawn()?;
+        cgroup::share(cgroup::NEIGHBOUR, child.id());
         let mut output = BufReader::with_capacity(1, child.stdout.as_mut().context("piped")?);
         let mut line = String::new();
         timeout(GRACE, output.read_line(&mut line)).await.context("the neighbour does not get ready")??;

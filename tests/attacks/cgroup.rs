@@ -9,6 +9,11 @@ use std::{
 /// The agent's limit in `deploy/kubernetes`.
 pub(crate) const LIMIT_MIB: u64 = 128;
 
+/// Cgroups by whom they hold.
+pub(crate) const ATTACKERS: &str = "attackers";
+pub(crate) const NEIGHBOUR: &str = "neighbour";
+pub(crate) const AGENT: &str = "agent";
+
 /// A cgroup with that limit, removed when dropped.
 pub(crate) struct Cgroup(PathBuf);
 
@@ -34,6 +39,31 @@ impl Cgroup {
     /// Where a process writes its id to be in it.
     pub(crate) fn procs(&self) -> PathBuf {
         self.0.join("cgroup.procs")
+    }
+}
+
+/// Puts a process into a cgroup of that name, which has as much of the processor as each other one: as users, services and
+/// pods have theirs. Nothing happens where there is no controller.
+pub(crate) fn share(name: &str, process: Option<u32>) {
+    let root = Path::new("/sys/fs/cgroup");
+    let folder = if root.join("cpu/cgroup.procs").exists() {
+        root.join("cpu")
+    } else {
+        let _ = fs::write(root.join("cgroup.subtree_control"), "+cpu");
+        root.to_owned()
+    };
+    let folder = folder.join(format!("csrd-attacks-{}-{name}", std::process::id()));
+    if let (Some(process), Ok(())) = (process, fs::create_dir_all(&folder)) {
+        let _ = fs::write(folder.join("cgroup.procs"), process.to_string());
+    }
+}
+
+/// Removes the cgroups of [`share`], which nobody is in any more.
+pub(crate) fn remove_shares() {
+    for root in ["/sys/fs/cgroup/cpu", "/sys/fs/cgroup"] {
+        for name in [ATTACKERS, NEIGHBOUR, AGENT] {
+            let _ = fs::remove_dir(format!("{root}/csrd-attacks-{}-{name}", std::process::id()));
+        }
     }
 }
 

@@ -72,6 +72,7 @@ fn main() -> ExitCode {
             }
         }
     }
+    cgroup::remove_shares();
     ended
 }
 

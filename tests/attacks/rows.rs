@@ -68,7 +68,7 @@ fn group(part: &'static str, first_uid: u32, gid: u32, processes: usize, many: u
 
 /// All rows, those of one principal before those of many.
 pub(crate) fn all(principals: usize) -> Vec<Row> {
-    let cluster = || Settings { all: (25, 50), per_workload: (50, 500), ..Settings::default() };
+    let cluster = || Settings { all: (25, 50), per_workload: (25, 50), ..Settings::default() };
     let unlimited = || Settings { all: UNLIMITED, per_workload: UNLIMITED, ..Settings::default() };
     // (descriptors - 512) / 3 places for connections: 512.
     let crowded = || Settings { descriptors: 2048, ..Settings::default() };

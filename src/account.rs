@@ -288,10 +288,21 @@ impl Account {
         Err(Full::All { held: books.ledgers[kind as usize].held, max: self.0.limits.bound(kind).total })
     }
 
+    /// Who holds what of a ledger, without operators, who give up nothing of what is theirs alone.
+    fn holders<'a>(&'a self, ledger: &'a Ledger, kind: Kind) -> impl Iterator<Item = (Principal, usize)> + 'a {
+        let own = Limits::reserve(self.0.limits.bound(kind).total);
+        let may_give = move |(it, held): &(Principal, usize)| !self.0.operators.contains(it) || *held > own;
+        ledger.holders.iter().map(|(it, held)| (*it, *held)).filter(may_give)
+    }
+
     fn add(&self, books: &mut Books, kind: Kind, principal: Principal, amount: usize) -> Result<(), Full> {
         let bound = self.bound(kind, principal);
+        let ledger = &books.ledgers[kind as usize];
+        ledger.may_take(bound, principal, amount, || {
+            let others = self.holders(ledger, kind).filter(|(it, _)| *it != principal);
+            others.max_by_key(|(_, held)| *held)
+        })?;
         let ledger = &mut books.ledgers[kind as usize];
-        ledger.may_take(bound, principal, amount)?;
         *ledger.holders.entry(principal).or_default() += amount;
         ledger.held += amount;
         self.0.gauges[kind as usize].set(ledger.held as i64);
@@ -318,10 +329,11 @@ impl Account {
 
     /// Ends the idlest connection of those that hold most of `kind`; false if they have none.
     fn give_up_idlest(&self, books: &mut Books, kind: Kind, for_whom: Principal) -> bool {
-        let holders = &books.ledgers[kind as usize].holders;
-        let most = holders.iter().filter(|(it, _)| **it != for_whom).map(|(_, held)| *held).max();
-        let Some(most) = most else { return false };
-        let largest = holders.iter().filter(|(it, held)| **it != for_whom && **held == most).map(|(it, _)| *it);
+        let others = || self.holders(&books.ledgers[kind as usize], kind).filter(|(it, _)| *it != for_whom);
+        let Some(most) = others().map(|(_, held)| held).max() else { return false };
+        // Where all hold few, the idlest of all: one more or less says nothing then.
+        let enough = if most > self.0.limits.bound(kind).few { most } else { 1 };
+        let largest = others().filter(|(_, held)| *held >= enough).map(|(it, _)| it);
         let marks = largest.flat_map(|it| books.seats.get(&it).into_iter().flatten().map(move |mark| (it, mark)));
         let idlest = marks.min_by_key(|(_, (_, mark))| (mark.calls > 0, mark.active));
         let Some((principal, number)) = idlest.map(|(principal, (number, _))| (principal, *number)) else {
@@ -353,7 +365,13 @@ impl Account {
 
 impl Ledger {
     /// Whether `principal` may have `amount` more, by the rules at the top.
-    fn may_take(&self, bound: Bound, principal: Principal, amount: usize) -> Result<(), Full> {
+    fn may_take(
+        &self,
+        bound: Bound,
+        principal: Principal,
+        amount: usize,
+        largest: impl FnOnce() -> Option<(Principal, usize)>,
+    ) -> Result<(), Full> {
         let own = self.holders.get(&principal).copied().unwrap_or(0);
         if own.saturating_add(amount) > bound.each {
             return Err(Full::Own { held: own, max: bound.each });
@@ -361,9 +379,8 @@ impl Ledger {
         if self.held.saturating_add(amount) <= bound.total {
             return Ok(());
         }
-        let others = self.holders.iter().filter(|(it, _)| **it != principal);
-        match others.max_by_key(|(_, held)| **held) {
-            Some((largest, held)) if own == 0 || *held > bound.few.max(own + amount) => Err(Full::Of(*largest)),
+        match largest() {
+            Some((largest, held)) if own == 0 || held > bound.few.max(own + amount) => Err(Full::Of(largest)),
             _ => Err(Full::All { held: self.held, max: bound.total }),
         }
     }

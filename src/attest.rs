@@ -11,6 +11,7 @@
 
 use std::{
     io,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -18,10 +19,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::{
-    net::{UnixListener, UnixStream},
-    time::Instant,
-};
+use tokio::{net::UnixStream, time::Instant};
 
 use self::{
     cgroup::View,
@@ -34,7 +32,7 @@ use self::{
     proc::{FileId, ProcHandle},
 };
 pub use self::{
-    kernel::Capabilities,
+    kernel::{Capabilities, watch_readable},
     peer::Peer,
     pods::Pods,
     stream::{Accepted, PeerStream, prepare_listener},
@@ -136,8 +134,17 @@ impl Attestor {
         Accepted::new(stream, &self.closer)
     }
 
+    /// Closes a connection that was accepted and is not wanted: at once, where it can hold no descriptor.
+    pub fn turn_away(&self, socket: OwnedFd) {
+        if !kernel::refuses_descriptors(socket.as_fd())
+            && let Ok(stream) = UnixStream::from_std(socket.into())
+        {
+            drop(self.accepted(stream));
+        }
+    }
+
     /// Closes a listener, with the connections that nobody has accepted, without waiting for what they may hold.
-    pub fn close_listener(&self, listener: UnixListener) {
+    pub fn close_listener(&self, listener: OwnedFd) {
         stream::close_listener(listener, &self.closer);
     }
 
@@ -213,11 +220,11 @@ impl Attestor {
     ///
     /// The process id may be another's by now. Then what is counted is counted for that one: bounds rest on this, rights
     /// do not.
-    pub fn principal(&self, stream: &UnixStream) -> Principal {
-        let Ok(connected) = stream.peer_cred() else { return Principal::UNKNOWN };
-        let user = Principal::user(self.owners.of(connected.uid()));
+    pub fn principal(&self, socket: BorrowedFd<'_>) -> Principal {
+        let Ok(connected) = kernel::peer_credentials(socket) else { return Principal::UNKNOWN };
+        let user = Principal::user(self.owners.of(connected.uid));
         let Some(cluster) = &self.cluster else { return user };
-        let pid = connected.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid > 0);
+        let pid = u32::try_from(connected.pid).ok().filter(|pid| *pid > 0);
         let cgroup = pid.and_then(|pid| ProcHandle::open(pid).and_then(|process| process.cgroup()).ok());
         match cgroup.map(|cgroup| cluster.principal(&cgroup)) {
             Some(Ok(pod)) => pod.unwrap_or(user),

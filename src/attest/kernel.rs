@@ -149,11 +149,37 @@ pub(super) fn refuses_descriptors(socket: BorrowedFd<'_>) -> bool {
     returned == 0 && pass == 0
 }
 
-/// Registers a pidfd with the runtime, to be told of the process's exit.
+/// The process and the effective user that connected the socket (`SO_PEERCRED`, unix(7)); the process is zero when it has
+/// no number here.
 #[allow(unsafe_code)]
-pub(super) fn watch_exit(pidfd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+pub(super) fn peer_credentials(socket: BorrowedFd<'_>) -> io::Result<Sender> {
+    let mut credentials = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut length = mem::size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes, the size of `credentials`, and both live through the call.
+    let returned = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut credentials).cast(),
+            &raw mut length,
+        )
+    };
+    if returned != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(Sender { pid: credentials.pid, uid: credentials.uid })
+}
+
+/// Registers a descriptor with the runtime, to be told when it is readable: a pidfd is when its process has exited, a
+/// listener when somebody waits.
+///
+/// # Errors
+/// It cannot be polled.
+#[allow(unsafe_code)]
+pub fn watch_readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` is one open descriptor, and stays so until the `AsyncFd` that owns it is dropped.
-    Ok(unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?)
+    Ok(unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?)
 }
 
 /// Ids of a process, as numbered in this process's namespaces.

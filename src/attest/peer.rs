@@ -110,7 +110,7 @@ impl Peer {
         } else {
             handle.status().map_err(gone_or("/proc/PID/status"))?.real_uid
         };
-        let pidfd = kernel::watch_exit(pidfd).map_err(unreadable("pidfd"))?;
+        let pidfd = kernel::watch_readable(pidfd).map_err(unreadable("pidfd"))?;
         Ok(Self {
             pid,
             connected,

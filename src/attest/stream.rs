@@ -24,7 +24,7 @@ use rustix::{
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
-    net::{UnixListener, UnixStream},
+    net::UnixStream,
 };
 
 use super::{
@@ -70,12 +70,9 @@ pub fn prepare_listener(listener: impl AsFd, capabilities: Capabilities) -> io::
 }
 
 /// Closes a listener with the connections that nobody has accepted.
-pub(super) fn close_listener(listener: UnixListener, closer: &Closer) {
-    // A listener that cannot be taken from the runtime has been dropped: the runtime, and the process, is at its end.
-    if !kernel::refuses_descriptors(listener.as_fd())
-        && let Ok(listener) = listener.into_std()
-    {
-        closer.close(Closing { socket: listener.into(), kept: None }, true);
+pub(super) fn close_listener(listener: OwnedFd, closer: &Closer) {
+    if !kernel::refuses_descriptors(listener.as_fd()) {
+        closer.close(Closing { socket: listener, kept: None }, true);
     }
 }
 
@@ -177,7 +174,7 @@ impl Drop for Accepted {
         let Some(stream) = self.stream.take().filter(|_| !self.refuses_descriptors) else { return };
         // The client sees the end now, and can send nothing more.
         let shut = shutdown(&stream, Shutdown::Both).is_ok();
-        // As in `close_listener`.
+        // One that cannot be taken from the runtime has been dropped: the runtime, and the process, is at its end.
         let Ok(stream) = stream.into_std() else { return };
         let loaded = !shut || is_loaded(stream.as_fd());
         self.closer.close(Closing { socket: OwnedFd::from(stream), kept: self.kept.take() }, loaded);

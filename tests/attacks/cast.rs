@@ -85,9 +85,15 @@ pub(crate) struct Neighbour(Child);
 
 impl Neighbour {
     /// Returns once it is ready.
-    pub(crate) async fn start(place: &Place, begin: &PipeReader, time: Duration) -> anyhow::Result<Self> {
-        let mut child =
-            command(place, "neighbour", (NEIGHBOUR, NEIGHBOUR), time, 0).stdin(begin.try_clone()?).spawn()?;
+    pub(crate) async fn start(
+        place: &Place,
+        begin: &PipeReader,
+        time: Duration,
+        dear_views: bool,
+    ) -> anyhow::Result<Self> {
+        let mut child = command(place, "neighbour", (NEIGHBOUR, NEIGHBOUR), time, usize::from(dear_views))
+            .stdin(begin.try_clone()?)
+            .spawn()?;
         cgroup::share(cgroup::NEIGHBOUR, child.id());
         let mut output = BufReader::with_capacity(1, child.stdout.as_mut().context("piped")?);
         let mut line = String::new();

@@ -40,7 +40,7 @@ pub(crate) async fn play(row: &Row) -> anyhow::Result<Figures> {
     let place = agent.place.clone();
     let time = Duration::from_secs(row.seconds);
     let (begin, hold) = std::io::pipe()?;
-    let neighbour = Neighbour::start(&place, &begin, time).await?;
+    let neighbour = Neighbour::start(&place, &begin, time, row.agent.policies.0 > 0).await?;
     let mut children = Vec::new();
     for group in &row.groups {
         children.extend(group.start(&place, &begin, time).await?);

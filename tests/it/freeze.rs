@@ -147,7 +147,7 @@ async fn descriptors_that_nobody_has_read_delay_neither_a_drop_nor_the_stop() {
     }
     drop(attestor.accepted(listener.accept().await.unwrap().0));
     assert_eq!(dropped.tell("await-linger"), "lingers", "of a connection");
-    attestor.close_listener(listener);
+    attestor.close_listener(listener.into_std().unwrap().into());
     assert_eq!(waiting.tell("await-linger"), "lingers", "of a connection that was never accepted");
 }
 

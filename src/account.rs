@@ -45,6 +45,8 @@ use crate::metrics::Metrics;
 
 /// What a connection that is given up, or finds no place, costs its principal in its pace of connects: a second's worth.
 const NO_PLACE_COST: usize = 200;
+/// How long a connection without a call is no idler than one with a call: its first is on its way.
+const FRESH_FOR: Duration = Duration::from_secs(1);
 /// Connections that are closed at most to make room for one more.
 const GIVEN_UP_AT_ONCE_MAX: usize = 64;
 
@@ -156,6 +158,8 @@ struct Mark {
     bytes: usize,
     /// Calls under way on it.
     calls: usize,
+    /// When it was made.
+    since: Instant,
     /// When a call last began or ended.
     active: Instant,
     given_up: CancellationToken,
@@ -235,7 +239,8 @@ impl Account {
         })?;
         books.counter += 1;
         let (number, given_up) = (books.counter, CancellationToken::new());
-        let mark = Mark { bytes: CONNECTION_BYTES, calls: 0, active: Instant::now(), given_up: given_up.clone() };
+        let now = Instant::now();
+        let mark = Mark { bytes: CONNECTION_BYTES, calls: 0, since: now, active: now, given_up: given_up.clone() };
         books.seats.entry(principal).or_default().insert(number, mark);
         Ok(Arc::new(Seat { account: self.clone(), principal, number, given_up }))
     }
@@ -271,15 +276,25 @@ impl Account {
     }
 
     fn room_for_seat(&self, books: &mut Books, principal: Principal) -> Result<(), Full> {
-        self.make_room(books, Kind::Connections, principal, 1)?;
-        let bytes = self.make_room(books, Kind::Bytes, principal, CONNECTION_BYTES);
+        self.make_room(books, Kind::Connections, principal, 1, 0)?;
+        let bytes = self.make_room(books, Kind::Bytes, principal, CONNECTION_BYTES, 0);
         bytes.inspect_err(|_| self.remove(books, Kind::Connections, principal, 1))
     }
 
-    /// Takes `amount`, and asks the largest holders to give up their idlest connections for it.
-    fn make_room(&self, books: &mut Books, kind: Kind, principal: Principal, amount: usize) -> Result<(), Full> {
+    /// Takes `amount`, and asks the largest holders to give up their idlest connections for it; so does one that would
+    /// hold no more than `modest` of all others, whatever they hold.
+    fn make_room(
+        &self,
+        books: &mut Books,
+        kind: Kind,
+        principal: Principal,
+        amount: usize,
+        modest: usize,
+    ) -> Result<(), Full> {
         for _ in 0..GIVEN_UP_AT_ONCE_MAX {
+            let own = books.ledgers[kind as usize].holders.get(&principal).copied().unwrap_or(0);
             match self.add(books, kind, principal, amount) {
+                Err(Full::All { .. }) if own + amount <= modest && self.give_up_idlest(books, kind, principal) => {}
                 Err(Full::Of(_)) if self.give_up_idlest(books, kind, principal) => {}
                 Err(Full::Of(_)) => break,
                 done => return done,
@@ -335,7 +350,8 @@ impl Account {
         let enough = if most > self.0.limits.bound(kind).few { most } else { 1 };
         let largest = others().filter(|(_, held)| *held >= enough).map(|(it, _)| it);
         let marks = largest.flat_map(|it| books.seats.get(&it).into_iter().flatten().map(move |mark| (it, mark)));
-        let idlest = marks.min_by_key(|(_, (_, mark))| (mark.calls > 0, mark.active));
+        let idlest =
+            marks.min_by_key(|(_, (_, mark))| (mark.calls > 0 || mark.since.elapsed() < FRESH_FOR, mark.active));
         let Some((principal, number)) = idlest.map(|(principal, (number, _))| (principal, *number)) else {
             return false;
         };
@@ -412,7 +428,9 @@ impl Seat {
             let max = self.account.limits().bound(Kind::Bytes).each;
             return Err(Full::Own { held: max, max });
         }
-        self.account.make_room(&mut books, Kind::Bytes, self.principal, bytes)?;
+        // A call is short, or needed: whoever holds few connections is not kept from making it.
+        let modest = self.account.limits().bound(Kind::Bytes).few;
+        self.account.make_room(&mut books, Kind::Bytes, self.principal, bytes, modest)?;
         if let Some(mark) = self.mark(&mut books) {
             mark.bytes += bytes;
         }

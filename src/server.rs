@@ -190,7 +190,11 @@ impl Server {
                 () = self.stop.cancelled() => break,
                 Some(_) = connections.join_next() => {}
                 ready = listener.readable() => match ready {
-                    Ok(ready) => self.accept(ready, &mut connections).await,
+                    Ok(ready) => {
+                        self.accept(ready, &mut connections).await;
+                        // As many may have ended as began; what ended is kept until it is looked at.
+                        while connections.try_join_next().is_some() {}
+                    }
                     Err(error) => return tracing::error!(%error, "cannot wait for connections"),
                 },
             }

@@ -56,11 +56,12 @@ fn places_are_given_up_to_each_bound_and_come_back_when_dropped() {
     check_clean(&account);
 }
 
-#[test]
-fn when_all_connections_are_taken_the_largest_holder_gives_up_its_idlest() {
+#[tokio::test(start_paused = true)]
+async fn when_all_connections_are_taken_the_largest_holder_gives_up_its_idlest() {
     let account = account(limits());
     let greedy: Vec<_> = (0..3).map(|_| account.seat(ONE).expect("there is room")).collect();
     let call = greedy[0].call().unwrap();
+    tokio::time::sleep(FRESH_FOR).await;
     let newcomer = account.seat(TWO).expect("one of another's three");
     let ended: Vec<_> = greedy.iter().map(|seat| is_given_up(seat)).collect();
     assert_eq!(ended, [false, true, false], "the oldest without a call");
@@ -112,6 +113,32 @@ fn bytes_are_shared_as_connections_are_and_end_with_their_connection() {
     assert!(greedy[0].hold(1).is_err(), "nothing is held for a connection that was given up");
     drop((greedy, held, newcomer, more));
     check_clean(&account);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_of_one_that_holds_few_finds_room_where_all_is_taken_by_connections() {
+    let bytes = 4 * CONNECTION_BYTES;
+    let account = account(Limits { bytes, bytes_per_principal: bytes, connections: 10, ..limits() });
+    let mut others = Vec::new();
+    for uid in 2..=4 {
+        others.push(account.seat(Principal::user(uid)).unwrap());
+        tokio::time::sleep(FRESH_FOR).await;
+    }
+    let seat = account.seat(ONE).unwrap();
+    let _call = seat.call().expect("of the idlest of all");
+    assert_eq!(others.iter().map(|it| is_given_up(it)).collect::<Vec<_>>(), [true, false, false]);
+    assert!(!is_given_up(&seat));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_that_was_just_made_is_no_idler_than_one_with_a_call() {
+    let account = account(Limits { connections: 2, streams_per_principal: 9, ..limits() });
+    let busy = account.seat(ONE).unwrap();
+    let _call = busy.call().unwrap();
+    tokio::time::sleep(FRESH_FOR).await;
+    let fresh = account.seat(TWO).unwrap();
+    let _first = account.seat(Principal::user(3)).unwrap();
+    assert_eq!([is_given_up(&busy), is_given_up(&fresh)], [true, false]);
 }
 
 #[test]

@@ -188,7 +188,7 @@ impl<'a> Rig<'a> {
 /// As large as etcd takes them. Run by
 /// `cargo test --test it giants::objects -- --ignored --nocapture`
 #[tokio::test]
-#[ignore = "makes 50 objects of a megabyte, with which the API server is busy for minutes: see above"]
+#[ignore = "minutes, by hand as root: cargo test --test it giants::objects -- --ignored --nocapture"]
 async fn objects_as_large_as_the_api_server_takes_them_fit_into_the_shipped_memory_and_starve_nobody() {
     if !is_root("objects_as_large_as_the_api_server_takes_them_fit_into_the_shipped_memory_and_starve_nobody") {
         return;
@@ -227,7 +227,7 @@ async fn objects_as_large_as_the_api_server_takes_them_fit_into_the_shipped_memo
 /// At every bound at once. Run by
 /// `cargo test --test it giants::ten_thousand -- --ignored --nocapture`
 #[tokio::test]
-#[ignore = "makes 10,500 objects, which takes minutes: see above"]
+#[ignore = "minutes, by hand as root: cargo test --test it giants::ten_thousand -- --ignored --nocapture"]
 async fn ten_thousand_services_and_five_hundred_pods_at_their_bounds_fit_into_the_shipped_memory() {
     assert!(is_root("ten_thousand_services_and_five_hundred_pods_at_their_bounds_fit_into_the_shipped_memory"));
     let Some(cluster) = ControlPlane::start(Options::default()).await else { return };

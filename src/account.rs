@@ -350,8 +350,11 @@ impl Account {
         let enough = if most > self.0.limits.bound(kind).few { most } else { 1 };
         let largest = others().filter(|(_, held)| *held >= enough).map(|(it, _)| it);
         let marks = largest.flat_map(|it| books.seats.get(&it).into_iter().flatten().map(move |mark| (it, mark)));
-        let idlest =
-            marks.min_by_key(|(_, (_, mark))| (mark.calls > 0 || mark.since.elapsed() < FRESH_FOR, mark.active));
+        // The oldest of those that were made at once.
+        let idlest = marks.min_by_key(|(_, (number, mark))| {
+            let active = mark.calls > 0 || mark.since.elapsed() < FRESH_FOR;
+            (active, mark.active, **number)
+        });
         let Some((principal, number)) = idlest.map(|(principal, (number, _))| (principal, *number)) else {
             return false;
         };

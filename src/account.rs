@@ -47,6 +47,10 @@ use crate::metrics::Metrics;
 const NO_PLACE_COST: usize = 200;
 /// How long a connection without a call is no idler than one with a call: its first is on its way.
 const FRESH_FOR: Duration = Duration::from_secs(1);
+/// Bytes of what is not complete that are counted with its connection or call.
+const FREE_BYTES: usize = 1024;
+/// What buffers hold of a byte that is kept, at most: they double as they grow.
+const BUFFERED_TIMES: usize = 2;
 /// Connections that are closed at most to make room for one more.
 const GIVEN_UP_AT_ONCE_MAX: usize = 64;
 
@@ -440,6 +444,20 @@ impl Seat {
         Ok(Held { seat: self.clone(), bytes })
     }
 
+    /// Makes `held` cover so many bytes of what is not complete; it may cover more already.
+    ///
+    /// # Errors
+    /// As [`Seat::hold`].
+    pub fn cover(self: &Arc<Self>, held: &mut Option<Held>, begun: usize) -> Result<(), Full> {
+        let wanted = begun.saturating_sub(FREE_BYTES) * BUFFERED_TIMES;
+        let more = wanted.saturating_sub(held.as_ref().map_or(0, |held| held.bytes));
+        match held {
+            _ if more == 0 => Ok(()),
+            Some(held) => held.grow(more),
+            none => self.hold(more).map(|more| *none = Some(more)),
+        }
+    }
+
     /// A place for a call on this connection, with [`CALL_BYTES`].
     ///
     /// # Errors
@@ -459,16 +477,11 @@ impl Seat {
 }
 
 impl Held {
-    /// How many.
-    pub fn bytes(&self) -> usize {
-        self.bytes
-    }
-
     /// Counts `bytes` more.
     ///
     /// # Errors
     /// As [`Seat::hold`].
-    pub fn grow(&mut self, bytes: usize) -> Result<(), Full> {
+    fn grow(&mut self, bytes: usize) -> Result<(), Full> {
         let mut more = self.seat.hold(bytes)?;
         self.bytes += std::mem::take(&mut more.bytes);
         Ok(())

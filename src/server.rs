@@ -14,6 +14,7 @@ mod identities;
 mod issuance;
 mod message;
 mod methods;
+mod pieces;
 mod refusal;
 mod sds;
 pub mod stop;

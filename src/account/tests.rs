@@ -174,7 +174,7 @@ fn one_principals_share_of_bytes_is_a_bound_though_there_is_room() {
     let max = CONNECTION_BYTES + CALL_BYTES;
     assert_eq!(held.grow(1).unwrap_err(), Full::Own { held: max, max });
     assert_eq!(seat.call().unwrap_err(), (Kind::Bytes, Full::Own { held: max, max }));
-    assert_eq!(held.bytes(), CALL_BYTES);
+    assert_eq!(held.bytes, CALL_BYTES);
     drop(held);
     drop(seat.call().expect("what was held came back"));
 }

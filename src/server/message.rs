@@ -17,15 +17,14 @@ use http_body::{Body, Frame, SizeHint};
 use tokio::time::{Sleep, sleep};
 use tonic::Status;
 
-use super::refusal::Refusal;
+use super::{
+    pieces::{Head, Pieces},
+    refusal::Refusal,
+};
 use crate::account::{Held, Kind, Seat};
 
 /// How long a request's message may take.
 pub const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Bytes of an unfinished message that are counted with its call.
-const FREE_BYTES: usize = 1024;
-/// What buffers hold of a byte that is kept, at most: they double as they grow.
-const BUFFERED_TIMES: usize = 2;
 const PREFIX_BYTES: usize = 5;
 
 /// A request's body.
@@ -35,76 +34,36 @@ pub(super) struct Messages<B> {
     seat: Arc<Seat>,
     /// Whether messages may come for as long as the caller likes.
     goes_on: bool,
-    framing: Framing,
+    messages: Pieces<PREFIX_BYTES>,
     held: Option<Held>,
     end: Option<Pin<Box<Sleep>>>,
-}
-
-/// Where in its messages a body is.
-#[derive(Debug, Default)]
-struct Framing {
-    prefix: [u8; PREFIX_BYTES],
-    filled: usize,
-    rest: usize,
-    /// Bytes since the end of the last message.
-    begun: usize,
 }
 
 impl<B> Messages<B> {
     pub(super) fn new(body: B, seat: Arc<Seat>, goes_on: bool) -> Self {
         let end = (!goes_on).then(|| Box::pin(sleep(MESSAGE_TIMEOUT)));
-        Self { body, seat, goes_on, framing: Framing::default(), held: None, end }
+        Self { body, seat, goes_on, messages: Pieces::after(0), held: None, end }
     }
 
     /// Takes in what has come.
     fn take(&mut self, bytes: &[u8]) -> Result<(), Status> {
-        if self.framing.pass(bytes) {
+        if self.messages.pass(bytes, head) {
             self.held = None;
             if self.goes_on {
                 self.end = None;
             }
         }
-        if self.framing.begun > 0 && self.end.is_none() {
+        if self.messages.begun() > 0 && self.end.is_none() {
             self.end = Some(Box::pin(sleep(MESSAGE_TIMEOUT)));
         }
-        let wanted = self.framing.begun.saturating_sub(FREE_BYTES) * BUFFERED_TIMES;
-        let more = wanted.saturating_sub(self.held.as_ref().map_or(0, Held::bytes));
-        let counted = match &mut self.held {
-            _ if more == 0 => Ok(()),
-            Some(held) => held.grow(more),
-            none => self.seat.hold(more).map(|held| *none = Some(held)),
-        };
+        let counted = self.seat.cover(&mut self.held, self.messages.begun());
         counted.map_err(|full| Refusal::full(Kind::Bytes, full).into())
     }
 }
 
-impl Framing {
-    /// Takes in what has come; true if a message has ended in it.
-    fn pass(&mut self, mut bytes: &[u8]) -> bool {
-        let mut ended = false;
-        while !bytes.is_empty() {
-            let taken = if self.rest > 0 {
-                let taken = self.rest.min(bytes.len());
-                self.rest -= taken;
-                taken
-            } else {
-                let taken = (PREFIX_BYTES - self.filled).min(bytes.len());
-                self.prefix[self.filled..self.filled + taken].copy_from_slice(&bytes[..taken]);
-                self.filled += taken;
-                if self.filled == PREFIX_BYTES {
-                    let [_, length @ ..] = self.prefix;
-                    (self.filled, self.rest) = (0, u32::from_be_bytes(length) as usize);
-                }
-                taken
-            };
-            self.begun += taken;
-            bytes = &bytes[taken..];
-            if self.rest == 0 && self.filled == 0 {
-                (self.begun, ended) = (0, true);
-            }
-        }
-        ended
-    }
+/// What a message's prefix says (gRPC over HTTP/2): a flag, and its length.
+fn head(&[_, ref length @ ..]: &[u8; PREFIX_BYTES], _: bool) -> Head {
+    Head { rest: u32::from_be_bytes(*length) as usize, continues: false }
 }
 
 impl<B: Body<Data = Bytes> + Unpin> Body for Messages<B>
@@ -145,23 +104,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_message_ends_with_its_last_byte_however_it_is_cut() {
-        let message = |length: u8| [&[0, 0, 0, 0, length][..], &vec![7; length.into()]].concat();
-        let bytes = [message(0), message(3), message(1)].concat();
-        let mut framing = Framing::default();
-        let begun: Vec<_> = bytes
-            .iter()
-            .map(|byte| {
-                assert_eq!(framing.pass(&[*byte]), framing.begun == 0);
-                framing.begun
-            })
-            .collect();
-        assert_eq!(begun, [1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 0]);
-        for cut in 0..=bytes.len() {
-            let mut framing = Framing::default();
-            framing.pass(&bytes[..cut]);
-            framing.pass(&bytes[cut..]);
-            assert_eq!(framing.begun, 0, "{cut}");
-        }
+    fn a_message_is_as_long_as_its_prefix_says() {
+        let mut messages = Pieces::after(0);
+        assert!(messages.pass(&[0, 0, 0, 0, 0], head), "an empty one");
+        assert!(!messages.pass(&[0, 0, 0, 1, 2], head) && messages.begun() == 5);
+        assert!(!messages.pass(&[7; 257], head) && messages.pass(&[7], head));
     }
 }

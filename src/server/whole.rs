@@ -18,6 +18,7 @@ use tokio::{
     time::{Instant, Sleep, sleep_until},
 };
 
+use super::pieces::{Head, Pieces};
 use crate::{
     account::{Held, Seat},
     metrics::{ConnectionRefused, Metrics},
@@ -25,10 +26,6 @@ use crate::{
 
 /// How long a client may take for a frame, or for a header block, from its first byte to its last.
 pub const FRAME_TIMEOUT: Duration = Duration::from_secs(10);
-/// Bytes of an unfinished frame that are counted with its connection.
-const FREE_BYTES: usize = 1024;
-/// What buffers hold of a byte that is kept, at most: they double as they grow.
-const BUFFERED_TIMES: usize = 2;
 /// Bytes of what every HTTP/2 client sends first (RFC 9113 §3.4).
 const PREFACE_BYTES: usize = 24;
 const HEAD_BYTES: usize = 9;
@@ -42,21 +39,8 @@ pub(super) struct WholeFrames<IO> {
     io: IO,
     seat: Arc<Seat>,
     metrics: Metrics,
-    position: Position,
+    frames: Pieces<HEAD_BYTES>,
     unfinished: Option<Unfinished>,
-}
-
-/// Where in the client's frames a connection is.
-#[derive(Debug)]
-struct Position {
-    head: [u8; HEAD_BYTES],
-    filled: usize,
-    /// Bytes of the preface or of a payload that are still to come.
-    rest: usize,
-    /// A header block has begun, and its last frame has not.
-    in_block: bool,
-    /// Bytes since the last one that ended a frame outside of a header block.
-    begun: usize,
 }
 
 /// What is held, and until when, while the client is silent within a frame.
@@ -70,26 +54,19 @@ struct Unfinished {
 impl<IO> WholeFrames<IO> {
     /// A connection from which nothing has been read.
     pub(super) fn new(io: IO, seat: Arc<Seat>, metrics: Metrics) -> Self {
-        let position = Position { head: [0; HEAD_BYTES], filled: 0, rest: PREFACE_BYTES, in_block: false, begun: 0 };
-        Self { io, seat, metrics, position, unfinished: None }
+        Self { io, seat, metrics, frames: Pieces::after(PREFACE_BYTES), unfinished: None }
     }
 
     /// The client is silent: counts what it has begun, and waits for its end.
     fn wait(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.position.begun == 0 {
+        if self.frames.begun() == 0 {
             return Poll::Pending;
         }
         let unfinished = self.unfinished.get_or_insert_with(|| {
             let since = Instant::now();
             Unfinished { since, end: Box::pin(sleep_until(since + FRAME_TIMEOUT)), held: None }
         });
-        let wanted = self.position.begun.saturating_sub(FREE_BYTES) * BUFFERED_TIMES;
-        let more = wanted.saturating_sub(unfinished.held.as_ref().map_or(0, Held::bytes));
-        let counted = match &mut unfinished.held {
-            _ if more == 0 => Ok(()),
-            Some(held) => held.grow(more),
-            none => self.seat.hold(more).map(|held| *none = Some(held)),
-        };
+        let counted = self.seat.cover(&mut unfinished.held, self.frames.begun());
         let why = match counted {
             Ok(()) if unfinished.end.as_mut().poll(cx).is_pending() => return Poll::Pending,
             Ok(()) => ConnectionRefused::Unfinished,
@@ -101,42 +78,11 @@ impl<IO> WholeFrames<IO> {
     }
 }
 
-impl Position {
-    /// Takes in what the client has sent; true if a frame outside of a header block has ended in it.
-    fn pass(&mut self, mut bytes: &[u8]) -> bool {
-        let mut ended = false;
-        while !bytes.is_empty() {
-            let taken = if self.rest > 0 {
-                let taken = self.rest.min(bytes.len());
-                self.rest -= taken;
-                taken
-            } else {
-                let taken = (HEAD_BYTES - self.filled).min(bytes.len());
-                self.head[self.filled..self.filled + taken].copy_from_slice(&bytes[..taken]);
-                self.filled += taken;
-                if self.filled == HEAD_BYTES {
-                    self.filled = 0;
-                    self.begin();
-                }
-                taken
-            };
-            self.begun += taken;
-            bytes = &bytes[taken..];
-            if self.rest == 0 && self.filled == 0 && !self.in_block {
-                (self.begun, ended) = (0, true);
-            }
-        }
-        ended
-    }
-
-    /// A frame's head is complete (RFC 9113 §4.1).
-    fn begin(&mut self) {
-        let [l0, l1, l2, kind, flags, ..] = self.head;
-        self.rest = u32::from_be_bytes([0, l0, l1, l2]) as usize;
-        if matches!(kind, HEADERS | CONTINUATION) {
-            self.in_block = flags & END_HEADERS == 0;
-        }
-    }
+/// What a frame's head says (RFC 9113 §4.1): a header block goes on to the frame with END_HEADERS, whatever lies between.
+fn head(&[l0, l1, l2, kind, flags, ..]: &[u8; HEAD_BYTES], in_block: bool) -> Head {
+    let rest = u32::from_be_bytes([0, l0, l1, l2]) as usize;
+    let continues = if matches!(kind, HEADERS | CONTINUATION) { flags & END_HEADERS == 0 } else { in_block };
+    Head { rest, continues }
 }
 
 impl<IO: AsyncRead + Unpin> AsyncRead for WholeFrames<IO> {
@@ -146,7 +92,7 @@ impl<IO: AsyncRead + Unpin> AsyncRead for WholeFrames<IO> {
         match Pin::new(&mut this.io).poll_read(cx, buf) {
             Poll::Pending => this.wait(cx),
             Poll::Ready(Ok(())) => {
-                if this.position.pass(&buf.filled()[before..]) {
+                if this.frames.pass(&buf.filled()[before..], head) {
                     this.unfinished = None;
                 }
                 Poll::Ready(Ok(()))
@@ -192,17 +138,16 @@ mod tests {
         [&head[..], &vec![0; payload]].concat()
     }
 
-    /// How many bytes are begun after each byte of `frames`, which follow the preface.
-    fn begun(frames: &[u8]) -> Vec<usize> {
-        let mut position =
-            Position { head: [0; HEAD_BYTES], filled: 0, rest: PREFACE_BYTES, in_block: false, begun: 0 };
-        assert!(!position.pass(&[0; PREFACE_BYTES - 1]) && position.pass(&[0]), "the preface ends");
-        frames
+    /// How many bytes are begun after each byte of `bytes`, which follow the preface.
+    fn begun(bytes: &[u8]) -> Vec<usize> {
+        let mut frames = Pieces::after(PREFACE_BYTES);
+        assert!(!frames.pass(&[0; PREFACE_BYTES - 1], head) && frames.pass(&[0], head), "the preface ends");
+        bytes
             .iter()
             .map(|byte| {
-                let ended = position.pass(&[*byte]);
-                assert_eq!(ended, position.begun == 0);
-                position.begun
+                let ended = frames.pass(&[*byte], head);
+                assert_eq!(ended, frames.begun() == 0);
+                frames.begun()
             })
             .collect()
     }
@@ -215,18 +160,5 @@ mod tests {
         let block = [frame(HEADERS, 0, 2), frame(CONTINUATION, 0, 0), frame(CONTINUATION, END_HEADERS, 1)].concat();
         let expected: Vec<usize> = (1..block.len()).chain([0]).collect();
         assert_eq!(begun(&block), expected);
-    }
-
-    #[test]
-    fn it_does_not_matter_how_the_bytes_are_cut() {
-        let bytes = [frame(0x4, 0, 6), frame(HEADERS, 0, 40), frame(CONTINUATION, END_HEADERS, 40), frame(0, 0, 9)];
-        let bytes = [&[0; PREFACE_BYTES][..], &bytes.concat()].concat();
-        for cut in 0..bytes.len() {
-            let mut position =
-                Position { head: [0; HEAD_BYTES], filled: 0, rest: PREFACE_BYTES, in_block: false, begun: 0 };
-            position.pass(&bytes[..cut]);
-            position.pass(&bytes[cut..]);
-            assert_eq!((position.begun, position.filled, position.rest), (0, 0, 0), "{cut}");
-        }
     }
 }

@@ -34,7 +34,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::{
     limits::Bound,
-    pace::{Lines, Paces},
+    pace::{Connects, Lines, Paces},
 };
 pub use self::{
     limits::{CALL_BYTES, CONNECTION_BYTES, ENTRY_BYTES, Limits, OWN_BYTES},
@@ -147,6 +147,7 @@ struct Books {
     counter: u64,
     paces: Paces,
     lines: Lines,
+    connects: Connects,
 }
 
 /// What is held of one kind.
@@ -214,6 +215,7 @@ impl Account {
                 counter: 0,
                 paces: Paces::new(&limits),
                 lines: Lines::new(),
+                connects: Connects::new(),
             }),
         }))
     }
@@ -271,6 +273,12 @@ impl Account {
     /// Spends one of `principal`'s `pace`, whether or not there is one.
     pub fn spend(&self, pace: Pace, principal: Principal) {
         self.lock().paces.spend(pace, principal, 1);
+    }
+
+    /// Whether a new connection of `principal` is set up, or turned away at once.
+    pub fn may_connect(&self, principal: Principal) -> bool {
+        let books = &mut *self.lock();
+        books.connects.next(&mut books.paces, principal)
     }
 
     /// Whether `principal` may make the agent write a log line now.

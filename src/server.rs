@@ -232,7 +232,7 @@ impl Server {
     /// takes one system call on a host, and all that comes after it takes a dozen.
     fn accepted(&self, socket: OwnedFd) -> Option<impl Future<Output = ()> + use<>> {
         let principal = self.attestor.principal(socket.as_fd());
-        if self.account.check(Pace::Connects, principal, 1).is_err() {
+        if !self.account.may_connect(principal) {
             self.metrics.connection_refused(ConnectionRefused::TooFast);
             self.attestor.turn_away(socket);
             return None;

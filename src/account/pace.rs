@@ -1,7 +1,7 @@
 //! How often a principal may make the agent do something. A bucket for each principal and pace, and one for all lines of
 //! the log.
 
-use std::{array, collections::HashMap, time::Duration};
+use std::{collections::HashMap, time::Duration};
 
 use tokio::time::Instant;
 
@@ -9,6 +9,11 @@ use super::{Limits, Principal};
 
 /// Log lines a second that callers can cause, in the long run, all together.
 pub const LINES_PER_SECOND: u32 = 40;
+/// Connections that are set up a second, in the long run, of all principals that do not ask for few: a setup takes some
+/// 0.2 ms.
+const CONNECTS_PER_SECOND: u32 = 1000;
+/// Connections that are set up at once.
+const CONNECTS_BURST: u32 = 1000;
 /// Log lines at once that callers can cause.
 const LINES_BURST: u32 = 40;
 /// Principals remembered for one pace, at least, before those that owe nothing are dropped.
@@ -19,6 +24,8 @@ const SWEEP_ABOVE: usize = 1024;
 pub enum Pace {
     /// New connections.
     Connects,
+    /// New connections of a principal that asks for few: it is served where many ask for more than there is.
+    FewConnects,
     /// Answers that refuse, which cost the agent and its log as much as others.
     Refusals,
     /// Lines of the log.
@@ -28,12 +35,13 @@ pub enum Pace {
 }
 
 impl Pace {
-    const COUNT: usize = 4;
+    const ALL: [Self; 5] = [Self::Connects, Self::FewConnects, Self::Refusals, Self::Lines, Self::Views];
 
     /// So many a second, so many at once.
     fn rate(self, limits: &Limits) -> (u32, u32) {
         match self {
             Self::Connects => (200, 1000),
+            Self::FewConnects => (25, 5),
             Self::Refusals => (20, limits.refusals_burst),
             Self::Lines => (2, 10),
             Self::Views => (2000, 4000),
@@ -42,12 +50,11 @@ impl Pace {
 }
 
 /// Every principal's buckets.
-pub(super) struct Paces([Buckets<Principal>; Pace::COUNT]);
+pub(super) struct Paces([Buckets<Principal>; Pace::ALL.len()]);
 
 impl Paces {
     pub(super) fn new(limits: &Limits) -> Self {
-        let all = [Pace::Connects, Pace::Refusals, Pace::Lines, Pace::Views];
-        Self(array::from_fn(|number| Buckets::new(all[number].rate(limits))))
+        Self(Pace::ALL.map(|pace| Buckets::new(pace.rate(limits))))
     }
 
     pub(super) fn wait(&self, pace: Pace, principal: Principal, cost: usize) -> Duration {
@@ -61,6 +68,30 @@ impl Paces {
     #[cfg(test)]
     pub(super) fn remembered(&self, pace: Pace) -> usize {
         self.0[pace as usize].left.len()
+    }
+}
+
+/// Connections of all principals: so many are set up a second, and beyond that only those of principals that ask for few.
+pub(super) struct Connects {
+    all: Buckets<()>,
+}
+
+impl Connects {
+    pub(super) fn new() -> Self {
+        Self { all: Buckets::new((CONNECTS_PER_SECOND, CONNECTS_BURST)) }
+    }
+
+    /// Whether one of `principal` is set up. Each try is counted, so that one that tries without end is no principal that
+    /// asks for few.
+    pub(super) fn next(&mut self, paces: &mut Paces, principal: Principal) -> bool {
+        let asks_for_few = paces.wait(Pace::FewConnects, principal, 1).is_zero();
+        paces.spend(Pace::FewConnects, principal, 1);
+        if !paces.wait(Pace::Connects, principal, 1).is_zero() || !(asks_for_few || self.all.wait((), 1).is_zero()) {
+            return false;
+        }
+        paces.spend(Pace::Connects, principal, 1);
+        self.all.spend((), 1);
+        true
     }
 }
 

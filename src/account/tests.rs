@@ -223,6 +223,25 @@ async fn whoever_is_refused_too_often_has_to_wait_and_nobody_else_has() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn where_many_connect_without_end_one_that_asks_for_few_is_served_all_the_same() {
+    let account = account(limits());
+    let (mut set_up, mut neighbours) = (0, 0);
+    for round in 0..100 {
+        // A hundred tries a second of each of a thousand, and twenty of their neighbour.
+        set_up += (10..1010).filter(|uid| account.may_connect(Principal::user(*uid))).count();
+        if round % 5 == 0 {
+            neighbours += usize::from(account.may_connect(ONE));
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(neighbours, 20, "each of the neighbour's");
+    // Five of each, and two seconds' worth of all together.
+    assert!(set_up <= 7_000, "{set_up}");
+    let later = (10..1010).filter(|uid| account.may_connect(Principal::user(*uid))).count();
+    assert!(later < 300, "{later} of a thousand that try without end");
+}
+
+#[tokio::test(start_paused = true)]
 async fn one_principal_writes_few_lines_and_all_together_no_more_than_the_bound() {
     let account = account(limits());
     let written = (0..1000).filter(|_| account.line(ONE).is_some()).count();

@@ -14,9 +14,6 @@ const SECONDS: u64 = 15;
 /// Rows in which many things are begun one after another.
 const LONG_SECONDS: u64 = 25;
 
-/// Rates that stand in nobody's way.
-const UNLIMITED: (u32, u32) = (1_000_000, 1_000_000);
-
 /// One attack.
 #[derive(Clone, Debug)]
 pub(crate) struct Row {
@@ -69,7 +66,6 @@ fn group(part: &'static str, first_uid: u32, gid: u32, processes: usize, many: u
 /// All rows, those of one principal before those of many.
 pub(crate) fn all(principals: usize) -> Vec<Row> {
     let cluster = || Settings { all: (25, 50), per_workload: (25, 50), ..Settings::default() };
-    let unlimited = || Settings { all: UNLIMITED, per_workload: UNLIMITED, ..Settings::default() };
     // (descriptors - 512) / 3 places for connections: 512.
     let crowded = || Settings { descriptors: 2048, ..Settings::default() };
     let views = || Settings { policies: (200, 60), ..Settings::default() };
@@ -89,11 +85,8 @@ pub(crate) fn all(principals: usize) -> Vec<Row> {
         Row::new(&many("idle"), None, outsiders("idle", principals, 8)).long(),
         Row::new(&many("half"), None, outsiders("half", principals, 4)).long(),
         Row::new(&many("unfinished"), None, outsiders("unfinished", principals, 2)).long(),
-        Row::new("entries", None, members("subscribe", 16, 2048)).with(unlimited()).others(Other::Newcomer).long(),
-        Row::new(&many("entries"), None, members("subscribe", principals, 40))
-            .with(unlimited())
-            .others(Other::Newcomer)
-            .long(),
+        Row::new("entries", None, members("subscribe", 16, 2048)).others(Other::Newcomer).long(),
+        Row::new(&many("entries"), None, members("subscribe", principals, 40)).others(Other::Newcomer).long(),
         Row::new("refused", Some("calls/s"), outsider("refused", 128)),
         Row::new("passed", Some("sockets/s"), outsider("passed", 1)),
         Row::new("nacks", Some("messages/s"), members("nack", 1, 1)),

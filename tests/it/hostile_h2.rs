@@ -5,7 +5,7 @@
 use std::{num::NonZeroU32, sync::Arc, time::Duration, time::SystemTime};
 
 use csrd::{
-    account::{Account, CALL_BYTES, CONNECTION_BYTES, Limits, Pace, Principal},
+    account::{Account, CALL_BYTES, CONNECTION_BYTES, Limits, Principal},
     attest::{Attestor, Caller, Capabilities, Workload, prepare_listener},
     clock::Clock,
     hub::{self, Hub},
@@ -316,11 +316,11 @@ async fn a_user_that_connects_too_often_is_turned_away_and_another_is_not() {
     // The pace is one of real sockets, whose users this test cannot choose; what it asks is the account.
     let account = Account::new(Limits::default(), 0, &Metrics::new());
     let (greedy, other) = (Principal::user(1000), Principal::user(1001));
-    let accepted = (0..2000).filter(|_| account.check(Pace::Connects, greedy, 1).is_ok()).count();
+    let accepted = (0..2000).filter(|_| account.may_connect(greedy)).count();
     assert_eq!(accepted, 1000, "the burst");
-    assert!(account.check(Pace::Connects, other, 1).is_ok());
+    assert!(account.may_connect(other));
     sleep(Duration::from_secs(1)).await;
-    assert_eq!((0..2000).filter(|_| account.check(Pace::Connects, greedy, 1).is_ok()).count(), 200, "a second's worth");
+    assert_eq!((0..2000).filter(|_| account.may_connect(greedy)).count(), 200, "a second's worth");
 }
 
 #[tokio::test(start_paused = true)]
